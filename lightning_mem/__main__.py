@@ -1,0 +1,55 @@
+"""``python -m lightning_mem`` and the console script: help and version without heavy imports."""
+
+import sys
+
+from lightning_mem import __version__
+
+VERBS = {
+    "fit": "train, drawing memorization ratio, held-out control and Fréchet distance as it goes",
+    "validate": "measure a trained run as fit does at its validations",
+    "test": "as validate, with the full number of samples",
+    "sample": "draw a SampleSet from a trained run; continues where it stopped",
+    "predict": "the same as sample",
+}
+
+EXAMPLES = """\
+examples:
+  lightning-mem fit --config configs/digits/denoiser.yaml
+  lightning-mem fit --config configs/digits/denoiser.yaml --data.num_members 1024 --trainer.default_root_dir runs/1024
+  lightning-mem fit --config runs/digits/config.yaml --ckpt_path last --trainer.max_steps 5000
+  lightning-mem validate --config runs/digits/config.yaml
+  lightning-mem sample --config runs/digits/config.yaml --num_samples 10000
+"""
+
+
+def usage() -> str:
+    """The program's own help."""
+    width = max(map(len, VERBS)) + 2
+    verbs = "\n".join(f"  {name:<{width}}{text}" for name, text in VERBS.items())
+    return (
+        "usage: lightning-mem VERB --config FILE [--config OVERLAY ...] [--option value ...]\n\n"
+        "Train diffusion models and watch, while they train, how much they copy their training images.\n\n"
+        f"verbs (each has its own manual: lightning-mem VERB --help):\n{verbs}\n\n{EXAMPLES}\n"
+        "Every option of a YAML file can be given on the command line after it: later wins."
+    )
+
+
+def main(args: list[str] | None = None) -> None:
+    """Answer help and version at once; hand everything else to the command line proper.
+
+    Args:
+        args: Command line; null takes the process's own.
+    """
+    given = sys.argv[1:] if args is None else args
+    if given in ([], ["--help"], ["-h"]):
+        print(usage())
+    elif given == ["--version"]:
+        print(f"lightning-mem {__version__}")
+    else:
+        from lightning_mem.cli import main as run
+
+        run(args)
+
+
+if __name__ == "__main__":
+    main()

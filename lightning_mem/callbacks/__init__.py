@@ -1,0 +1,8 @@
+"""Callbacks and loggers: evaluation during training, pictures, the run folder."""
+
+from lightning_mem.callbacks.evaluation import Measure, Measurement, Reference, SampleEvaluation, Workers, draw_samples
+from lightning_mem.callbacks.gallery import Gallery
+from lightning_mem.callbacks.ledger import Ledger
+from lightning_mem.callbacks.run_folder import RunFolder
+from lightning_mem.callbacks.summary import RunSummary, onset, summarize
+from lightning_mem.callbacks.tracking import MetricsCSV, WandbTracking

@@ -1,0 +1,158 @@
+"""Pictures: the samples of an evaluation, and each beside its nearest training image."""
+
+import math
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.loggers import WandbLogger
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from lightning_mem.callbacks.evaluation import Measurement, Reference
+from lightning_mem.types import SampleSet
+
+Upload = Literal["none", "samples", "pairs"]
+
+
+def _pixels(image: Tensor) -> np.ndarray:
+    """[H, W] or [H, W, 3] uint8 for drawing."""
+    array = image.permute(1, 2, 0).numpy()
+    return array[..., 0] if array.shape[-1] == 1 else array
+
+
+def tile(images: Tensor, columns: int | None = None, gap: int = 1) -> Tensor:
+    """A sheet of images, uint8 [C, H', W'] with a light gap between them.
+
+    Args:
+        images: uint8 [N, C, H, W].
+        columns: Images in a row; null for about a square.
+        gap: Pixels between them.
+    """
+    count, channels, height, width = images.shape
+    columns = columns or math.ceil(math.sqrt(count))
+    rows = -(-count // columns)
+    sheet = images.new_full((channels, rows * (height + gap) - gap, columns * (width + gap) - gap), 160)
+    for place, image in enumerate(images):
+        top, left = place // columns * (height + gap), place % columns * (width + gap)
+        sheet[:, top : top + height, left : left + width] = image
+    return sheet
+
+
+def draw_samples_sheet(samples: SampleSet, title: str, path: Path, count: int = 64) -> None:
+    """Write a PNG with the first samples."""
+    figure = Figure(figsize=(5, 5.3), dpi=110, layout="constrained")
+    axes = figure.subplots()
+    axes.imshow(_pixels(tile(samples.images[:count])), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+    axes.set_title(title, fontsize=10)
+    axes.set_axis_off()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+
+
+def closest_pairs(measurement: Measurement, count: int) -> Tensor:
+    """Places of the samples nearest to being copies: smallest ratio of nearest to second nearest first."""
+    ratio = measurement.distances[:, 0] / measurement.distances[:, 1]
+    return ratio.argsort(stable=True)[:count]
+
+
+def draw_pairs(
+    samples: SampleSet,
+    reference: Reference,
+    measurement: Measurement,
+    places: Tensor,
+    title: str,
+    path: Path,
+    columns: int = 8,
+) -> None:
+    """Write a PNG of sample | nearest training image | distance and ratio; copies are framed."""
+    rows = -(-len(places) // columns)
+    figure = Figure(figsize=(1.55 * columns, 1.25 * rows + 0.4), dpi=110, layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False)
+    scale = math.sqrt(samples.images[0].numel())
+    for axis in axes.flat:
+        axis.set_axis_off()
+    for axis, place in zip(axes.flat, places.tolist(), strict=False):
+        nearest = reference.members[measurement.nearest[place]]
+        pair = tile(torch.stack([samples.images[place], nearest]), columns=2)
+        axis.imshow(_pixels(pair), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+        first, second = measurement.distances[place, :2].tolist()
+        copied = bool(measurement.memorized[place])
+        axis.set_title(
+            f"{first / scale:.3f}  ratio {first / second:.2f}",
+            fontsize=7,
+            color="crimson" if copied else "black",
+            fontweight="bold" if copied else "normal",
+        )
+    figure.suptitle(title, fontsize=10)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+
+
+class Gallery(Callback):
+    """Draws samples, and the closest pairs beside their nearest training image, after each evaluation.
+
+    Files: ``images/samples_step000250.png`` and ``images/pairs_step000250.png``. Training images are private: W&B gets
+    the samples; the pairs only with ``upload: pairs``.
+
+    Args:
+        pairs: How many pairs to draw, the closest first.
+        upload: What W&B receives: ``none``, ``samples``, or ``pairs`` (samples, and a table with the training image,
+            its index, distance and ratio).
+    """
+
+    def __init__(self, pairs: int = 32, upload: Upload = "samples") -> None:
+        if pairs < 1:
+            raise ValueError(f"pairs must be at least 1, got {pairs}")
+        self.pairs, self.upload = pairs, upload
+
+    def on_evaluation(
+        self, trainer: Trainer, samples: SampleSet, reference: Reference, measurement: Measurement, step: int
+    ) -> None:
+        """Called by SampleEvaluation on the first process."""
+        folder = Path(trainer.default_root_dir) / "images"
+        share = measurement.memorized.double().mean().item()
+        sheet, pairs = folder / f"samples_step{step:06d}.png", folder / f"pairs_step{step:06d}.png"
+        draw_samples_sheet(samples, f"samples at step {step} ({samples.weights})", sheet)
+        places = closest_pairs(measurement, self.pairs)
+        title = (
+            f"step {step}: sample | nearest training image, RMS-L2 and ratio to the second nearest; "
+            f"red: copies ({share:.1%} of {len(samples)})"
+        )
+        draw_pairs(samples, reference, measurement, places, title, pairs)
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger) and self.upload != "none":
+                logger.log_image("gallery/samples", [str(sheet)], step=step)
+                if self.upload == "pairs":
+                    self._log_table(logger, samples, reference, measurement, places, step)
+
+    def _log_table(
+        self,
+        logger: WandbLogger,
+        samples: SampleSet,
+        reference: Reference,
+        measurement: Measurement,
+        places: Tensor,
+        step: int,
+    ) -> None:
+        import wandb
+
+        scale = math.sqrt(samples.images[0].numel())
+        rows = []
+        for place in places.tolist():
+            row = measurement.nearest[place]
+            first, second = measurement.distances[place, :2].tolist()
+            rows.append(
+                [
+                    int(samples.addresses[place]),
+                    int(reference.indices[reference.owners[row]]),
+                    wandb.Image(_pixels(samples.images[place])),
+                    wandb.Image(_pixels(reference.members[row])),
+                    first / scale,
+                    first / second,
+                ]
+            )
+        columns = ["sample", "index", "image", "nearest member", "distance", "ratio"]
+        logger.log_table("gallery/pairs", columns=columns, data=rows, step=step)

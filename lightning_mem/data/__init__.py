@@ -1,0 +1,14 @@
+"""Data: sources of images and the labels they carry."""
+
+from lightning_mem.data.datamodule import Duplicates, MemorizationDataModule
+from lightning_mem.data.folder import FolderSource, read_image
+from lightning_mem.data.labels import LabelRule, assign_labels, classes_of
+from lightning_mem.data.sources import (
+    GREY_RULE,
+    RESIZE_RULE,
+    AbstractSource,
+    ArraySource,
+    DigitsSource,
+    fit_image,
+)
+from lightning_mem.data.torchvision_sources import CelebASource, CIFAR10Source

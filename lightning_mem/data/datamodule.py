@@ -1,0 +1,273 @@
+"""The one DataModule that all LightningModules share."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor
+
+from lightning_mem.data.batches import EvaluationBlocks, TrainBatches
+from lightning_mem.data.labels import LabelRule, assign_labels, classes_of
+from lightning_mem.data.sources import AbstractSource, DigitsSource
+from lightning_mem.data.split import ImageSet, draw_split, write_members
+from lightning_mem.randomness import generator
+
+BLOCK = 64
+"""Rows of a network call while measuring: part of every definition, so that batch_size never changes a number."""
+
+RESIDENT_BYTES = 2 << 30
+"""Members up to this size are kept on the training device and indexed there."""
+
+
+@dataclass(frozen=True)
+class Duplicates:
+    """Repeat some members in every pass, to study what repetition does.
+
+    Args:
+        count: How many members are repeated (the first of the drawn order).
+        times: How often each of them stands in a pass; the others stand once.
+    """
+
+    count: int = 0
+    times: int = 1
+
+    def __post_init__(self) -> None:
+        if self.count < 0 or self.times < 1:
+            raise ValueError(f"duplicates need count >= 0 and times >= 1, got {self.count} and {self.times}")
+
+
+class MemorizationDataModule(LightningDataModule):
+    """Members to train on, held-out images of the same source for the control, and their labels.
+
+    A batch is a dict: ``image`` float32 [B, C, H, W] in [-1, 1], ``index`` int64 [B] (place in the source), and
+    ``label`` int64 [B] when labels are on. The batch of step s depends on (seed, s) alone.
+
+    Args:
+        source: Where images come from; by default scikit-learn's handwritten digits.
+        num_members: How many images are trained on; null for all that are not held out.
+        num_heldout: How many images of the same source are never trained on; they are the control.
+        image_size: Side in pixels; other sizes are resized (short side) and centre-cropped. null takes 8 for digits
+            and is an error for other sources.
+        channels: 1 (grey) or 3 (RGB).
+        seed: Decides members, held-out images, labels and the order of batches.
+        batch_size: Images per optimizer step over *all* processes, so that a recipe does not change with the number
+            of GPUs; each process gets an equal share.
+        num_workers: Reader processes for sets too large for the training device.
+        flip: Mirror each image with probability 1/2; the memorization bank then holds both orientations.
+        duplicates: Repeat some members.
+        labels: ``none``; ``true`` labels of the source; ``random`` out of ``num_classes``; ``unique`` per member;
+            ``binary`` (random bits). Fixed per image, whatever the order or the other members.
+        num_classes: Number of labels of the rule ``random``; elsewhere it may be left out.
+        members: File of source indices (a run's ``members.json``, a JSON list, ``.npy`` or one a line); excludes
+            num_members.
+        heldout: File of source indices to hold out; excludes num_heldout.
+        steps_per_epoch: Batches of one Lightning epoch (progress bar, epoch hooks); null is one pass over the members.
+
+    Raises:
+        ValueError: If a number is out of range, an option contradicts another, or there are too few images.
+    """
+
+    def __init__(
+        self,
+        source: AbstractSource | None = None,
+        num_members: int | None = 64,
+        num_heldout: int = 512,
+        image_size: int | None = None,
+        channels: int = 1,
+        seed: int = 0,
+        batch_size: int = 64,
+        num_workers: int = 0,
+        flip: bool = False,
+        duplicates: Duplicates | None = None,
+        labels: LabelRule = "none",
+        num_classes: int | None = None,
+        members: str | None = None,
+        heldout: str | None = None,
+        steps_per_epoch: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.source = source if source is not None else DigitsSource()
+        for name, value, least in (
+            ("num_members", num_members, 1),
+            ("num_heldout", num_heldout, 0),
+            ("image_size", image_size, 1),
+            ("batch_size", batch_size, 1),
+            ("num_workers", num_workers, 0),
+            ("steps_per_epoch", steps_per_epoch, 1),
+        ):
+            if value is not None and value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
+        if channels not in (1, 3):
+            raise ValueError(f"channels must be 1 or 3, got {channels}")
+        if image_size is None:
+            if not isinstance(self.source, DigitsSource):
+                raise ValueError(f"data.image_size must be given for {type(self.source).__name__}")
+            image_size = 8
+        self.num_members, self.num_heldout = num_members, num_heldout
+        self.image_size, self.channels, self.seed = image_size, channels, seed
+        self.batch_size, self.num_workers, self.flip = batch_size, num_workers, flip
+        self.duplicates = duplicates if duplicates is not None else Duplicates()
+        self.labels, self.num_classes = labels, num_classes
+        self.members_file, self.heldout_file = members, heldout
+        self.steps_per_epoch = steps_per_epoch
+        self._sets: tuple[ImageSet, ImageSet] | None = None
+
+    def prepare_data(self) -> None:
+        """Download what can be downloaded, on one process."""
+        self.source.prepare()
+
+    def setup(self, stage: str | None = None) -> None:
+        """Draw and read both sets; called by the Trainer, or by hand."""
+        if self._sets is not None:
+            return
+        self.source.open()
+        members, heldout, passed_over = draw_split(
+            self.source,
+            num_members=self.num_members if self.members_file is None else None,
+            num_heldout=self.num_heldout,
+            members=self.members_file,
+            heldout=self.heldout_file,
+            image_size=self.image_size,
+            channels=self.channels,
+            mirror=self.flip,
+            seed=self.seed,
+        )
+        if passed_over:
+            rank_zero_info(f"{passed_over} images equal a member pixel for pixel and cannot be held out: passed over")
+        if len(heldout) == 0:
+            rank_zero_warn("no held-out images: memorization numbers of this run have no control (data.num_heldout)")
+        if self.duplicates.count > len(members):
+            raise ValueError(f"duplicates.count is {self.duplicates.count}, but there are {len(members)} members")
+        classes_of(
+            self.labels,
+            num_classes=self.num_classes,
+            num_members=len(members),
+            source_classes=self.source.num_classes,
+        )
+        self._sets = (self._labelled(members), self._labelled(heldout))
+
+    def _labelled(self, part: ImageSet) -> ImageSet:
+        if self.labels == "unique":  # a held-out image has no label of its own: it borrows one
+            count = len(part) if self._sets is None else len(self._sets[0])
+            return replace(part, labels=torch.arange(len(part)) % max(count, 1))
+        labels = assign_labels(
+            self.labels,
+            indices=part.indices.numpy(),
+            num_classes=self.num_classes,
+            true_labels=self.source.labels() if self.labels == "true" else None,
+            seed=self.seed,
+        )
+        return replace(part, labels=None if labels is None else torch.from_numpy(labels))
+
+    @property
+    def members(self) -> ImageSet:
+        """The images that are trained on."""
+        return self._both()[0]
+
+    @property
+    def heldout(self) -> ImageSet:
+        """Images of the same source that are never trained on; may be empty."""
+        return self._both()[1]
+
+    def _both(self) -> tuple[ImageSet, ImageSet]:
+        if self._sets is None:
+            raise ValueError("the data are not read yet: call setup() (a Trainer does)")
+        return self._sets
+
+    def bank(self) -> tuple[Tensor, Tensor]:
+        """What a sample may be a copy of: uint8 [M, C, H, W] and the member each row shows, int64 [M].
+
+        With flips the bank holds both orientations; row r shows member ``owners[r]``.
+        """
+        images = self.members.images
+        owners = torch.arange(len(images))
+        if self.flip:
+            return torch.cat([images, images.flip(-1)]), torch.cat([owners, owners])
+        return images, owners
+
+    def heldout_bank(self) -> Tensor:
+        """The control's bank: held-out images, both orientations where training flips."""
+        images = self.heldout.images
+        return torch.cat([images, images.flip(-1)]) if self.flip else images
+
+    def draw(self, part: ImageSet, count: int, name: str) -> Tensor:
+        """Rows of an addressed draw without replacement, ascending; all of them where ``count`` is not smaller."""
+        if count >= len(part):
+            return torch.arange(len(part))
+        return torch.randperm(len(part), generator=generator(self.seed, "cut", name))[:count].sort().values
+
+    def settings(self) -> dict[str, Any]:
+        """What decides the two sets, for ``members.json`` and records."""
+        return {
+            "source": self.source.name,
+            "image_size": self.image_size,
+            "channels": self.channels,
+            "flip": self.flip,
+            "seed": self.seed,
+            "labels": self.labels,
+            "duplicates": {"count": self.duplicates.count, "times": self.duplicates.times},
+        }
+
+    def write_members(self, folder: Path) -> None:
+        """Write ``members.json`` into a run folder."""
+        write_members(folder / "members.json", self.members, self.heldout, self.settings())
+
+    def _place(self) -> tuple[torch.device, int, int]:
+        if self.trainer is None:
+            return torch.device("cpu"), 0, 1
+        return self.trainer.strategy.root_device, self.trainer.global_rank, self.trainer.world_size
+
+    def _progress(self) -> tuple[int, int]:
+        if self.trainer is None:
+            return 0, 0
+        progress = self.trainer.fit_loop.epoch_loop.batch_progress
+        return progress.total.completed, progress.current.completed
+
+    def train_dataloader(self) -> TrainBatches:
+        """Batches addressed by step; members live on the training device when they are small enough."""
+        device, rank, world_size = self._place()
+        members = self.members
+        repeated = torch.arange(self.duplicates.count).repeat(self.duplicates.times - 1)
+        occurrences = torch.cat([torch.arange(len(members)), repeated])
+        resident = members.images.nbytes <= RESIDENT_BYTES
+        home = device if resident else torch.device("cpu")
+        return TrainBatches(
+            members.images.to(home),
+            None if members.labels is None else members.labels.to(home),
+            members.indices.to(home),
+            occurrences,
+            batch_size=self.batch_size,
+            seed=self.seed,
+            flip=self.flip,
+            length=self.steps_per_epoch or -(-len(occurrences) // self.batch_size),
+            progress=self._progress,
+            rank=rank,
+            world_size=world_size,
+            num_workers=0 if resident else self.num_workers,
+        )
+
+    def val_dataloader(self) -> EvaluationBlocks:
+        """Held-out images, then equally many members, in blocks whose shape never depends on batch_size."""
+        device, rank, world_size = self._place()
+        rows = self.draw(self.members, max(len(self.heldout), 1) if len(self.heldout) else BLOCK, "validation")
+        parts = (self.heldout, self.members)
+        labels = None
+        if self.members.labels is not None:
+            labels = torch.cat([p.labels for p in parts if p.labels is not None])
+            labels = labels[torch.cat([torch.arange(len(self.heldout)), len(self.heldout) + rows])]
+        return EvaluationBlocks(
+            torch.cat([self.heldout.images, self.members.images[rows]]),
+            labels,
+            torch.cat([self.heldout.indices, self.members.indices[rows]]),
+            block=BLOCK,
+            rank=rank,
+            world_size=world_size,
+            device=device,
+        )
+
+    def test_dataloader(self) -> EvaluationBlocks:
+        """As for validation."""
+        return self.val_dataloader()

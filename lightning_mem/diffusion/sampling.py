@@ -1,0 +1,181 @@
+"""Sampling in blocks of one shape, every sample from noise that depends on nothing but its address."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from lightning_mem.diffusion.process import Sampler
+from lightning_mem.diffusion.target import Condition, Target
+from lightning_mem.randomness import generator
+from lightning_mem.types import to_uint8
+
+OnStep = Callable[[int, int, Tensor], None]
+"""Called with (sampler step, training timestep, x_t) after each step of each block."""
+
+
+class ScoreTerm(Protocol):
+    """A term added to the score: guidance, protection.
+
+    Called with x_t [B, C, H, W] in the denoiser's (variance-preserving) scale, the *training* timestep t int64 [B],
+    and the addresses int64 [B] of the rows; returns [B, C, H, W].
+    """
+
+    def __call__(self, x_t: Tensor, t: Tensor, addresses: Tensor) -> Tensor:
+        """The term at x_t and t."""
+
+
+class HasTarget(Protocol):
+    """Whatever can be sampled: a :class:`Target`, an oracle, a module."""
+
+    def target(self) -> Target:
+        """The target to draw from."""
+
+
+@contextmanager
+def _evaluation_mode(denoiser: object) -> Iterator[None]:
+    """Dropout off while sampling, back as it was afterwards."""
+    module = getattr(denoiser, "module", None)
+    if not isinstance(module, torch.nn.Module) or not module.training:
+        yield
+        return
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train()
+
+
+def _rows(condition: Condition, rows: Tensor, device: torch.device | str) -> Condition:
+    if condition is None:
+        return None
+    if isinstance(condition, Tensor):
+        return condition[rows].to(device)
+    return {name: value[rows].to(device) for name, value in condition.items()}
+
+
+def _check_condition(target: Target, condition: Condition, count: int) -> None:
+    if condition is None:
+        if target.num_classes is not None:
+            raise ValueError(
+                f"the target is conditioned on {target.num_classes} classes: pass condition= int64 labels, one a sample"
+            )
+        return
+    parts = condition.items() if isinstance(condition, Mapping) else [("condition", condition)]
+    for name, value in parts:
+        if len(value) != count:
+            raise ValueError(f"{name} must have one row per index ({count}), got {len(value)}")
+    if isinstance(condition, Tensor) and target.num_classes is not None and count:
+        low, high = int(condition.min()), int(condition.max())
+        if low < 0 or high >= target.num_classes:
+            raise ValueError(f"labels must lie in [0, {target.num_classes}), got {low} to {high}")
+
+
+def initial_noise(shape: tuple[int, ...], generators: Sequence[torch.Generator]) -> Tensor:
+    """Standard normal rows [B, *shape], row i from generator i, drawn on the CPU so that no device changes them."""
+    return torch.stack([torch.randn(shape, generator=g) for g in generators])
+
+
+@torch.inference_mode()
+def sample_x0(
+    target: HasTarget,
+    indices: Sequence[int] | Tensor,
+    *,
+    seed: int,
+    num_steps: int = 50,
+    sampler: Sampler = "ddim",
+    eta: float = 0.0,
+    guidance: Sequence[ScoreTerm] = (),
+    condition: Condition = None,
+    block: int = 64,
+    on_step: OnStep | None = None,
+) -> Tensor:
+    """As :func:`sample`, before quantising: float32 [N, C, H, W] in the denoiser's space, on its device."""
+    target = target.target()
+    addresses = torch.as_tensor(indices, dtype=torch.int64).cpu().flatten()
+    if block < 1:
+        raise ValueError(f"block must be at least 1, got {block}")
+    if eta < 0 or (eta > 0 and sampler != "ddim"):
+        raise ValueError(f"eta must be 0, or positive with sampler ddim; got {eta} with {sampler}")
+    _check_condition(target, condition, len(addresses))
+    prediction = target.denoiser.prediction
+    # diffusers' Heun knows eps and v only
+    as_eps = sampler == "heun" and prediction == "x0"
+    scheduler = target.process.scheduler(sampler, num_steps, "eps" if as_eps else prediction)
+    step_options = {"eta": eta} if sampler == "ddim" else {}
+    drawn = []
+    with _evaluation_mode(target.denoiser):
+        for start in range(0, len(addresses), block):
+            rows = torch.arange(start, min(start + block, len(addresses)))
+            # the network's rounding depends on the shape of its call: the last block is padded, then cut
+            rows = torch.cat([rows, rows[-1:].expand(block - len(rows))])
+            generators = [generator(seed, "sample", int(i)) for i in addresses[rows]]
+            own_addresses = addresses[rows].to(target.device)
+            own_condition = _rows(condition, rows, target.device)
+            scheduler.set_timesteps(num_steps)  # multistep solvers keep a history
+            x = initial_noise(target.shape, generators).to(target.device) * scheduler.init_noise_sigma
+            for step, timestep in enumerate(scheduler.timesteps):
+                t = torch.full((block,), int(timestep), dtype=torch.int64, device=target.device)
+                x_t = scheduler.scale_model_input(x, timestep)
+                output = target.denoiser(x_t, t, own_condition)
+                for term in guidance:
+                    output = target.process.add_score(output, term(x_t, t, own_addresses), x_t, t, prediction)
+                if as_eps:
+                    output = target.process.to_eps(output, x_t, t, prediction)
+                # reduced precision ends at the network: solvers keep their state in float32
+                noise = {} if sampler == "heun" else {"generator": generators}
+                x = scheduler.step(output.float(), timestep, x, **step_options, **noise).prev_sample
+                if on_step is not None:
+                    on_step(step, int(timestep), x)
+            drawn.append(x[: min(block, len(addresses) - start)])
+    return torch.cat(drawn) if drawn else torch.empty(0, *target.shape)
+
+
+def sample(
+    target: HasTarget,
+    indices: Sequence[int] | Tensor,
+    *,
+    seed: int,
+    num_steps: int = 50,
+    sampler: Sampler = "ddim",
+    eta: float = 0.0,
+    guidance: Sequence[ScoreTerm] = (),
+    condition: Condition = None,
+    block: int = 64,
+    on_step: OnStep | None = None,
+) -> Tensor:
+    """The images of these addresses.
+
+    Args:
+        target: A :class:`Target`, or whatever has ``target()``.
+        indices: Addresses, integers; sample 17 of a seed is the same image in any company and order.
+        seed: Seed of the draw.
+        num_steps: Sampler steps; the cost is ``num_steps`` network evaluations a sample (Heun: twice that, less one).
+        sampler: ``ddim``, ``ddpm``, ``dpm++``, ``heun`` or ``euler``, all at integer training timesteps.
+        eta: DDIM's share of fresh noise: 0 deterministic, 1 as DDPM.
+        guidance: Score terms, added in turn; none leaves the network's output untouched.
+        condition: int64 labels [N], or a mapping of tensors with N rows, one row per index.
+        block: Images per network call; part of the definition, because rounding depends on it.
+        on_step: Called after each sampler step with (step, training timestep, x_t).
+
+    Returns:
+        uint8 [N, C, H, W] on the CPU.
+
+    Raises:
+        ValueError: If an option is out of range, a condition is missing or does not fit, or pixels are not finite.
+    """
+    x0 = sample_x0(
+        target,
+        indices,
+        seed=seed,
+        num_steps=num_steps,
+        sampler=sampler,
+        eta=eta,
+        guidance=guidance,
+        condition=condition,
+        block=block,
+        on_step=on_step,
+    )
+    return to_uint8(target.target().codec.decode(x0)).cpu()

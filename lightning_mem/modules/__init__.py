@@ -1,0 +1,5 @@
+"""The LightningModules."""
+
+from lightning_mem.modules.base import AbstractModule
+from lightning_mem.modules.denoiser import DenoiserModule, load_target, read_checkpoint
+from lightning_mem.modules.schedules import WarmupCosine

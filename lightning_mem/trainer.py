@@ -1,0 +1,392 @@
+"""The Trainer: Lightning's, with a run folder, exact resumption, and the verbs on a trained run."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint, ProgressBar, TQDMProgressBar
+from lightning.pytorch.plugins import CheckpointIO
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+from torch import Tensor
+
+from lightning_mem.callbacks import Ledger, MetricsCSV, RunFolder, RunSummary, WandbTracking
+from lightning_mem.callbacks.evaluation import draw_labels
+from lightning_mem.callbacks.run_folder import AtomicCheckpointIO, ResumableFitLoop, holds_a_run
+from lightning_mem.data.datamodule import BLOCK
+from lightning_mem.diffusion import Sampler, Target, sample
+from lightning_mem.modules import AbstractModule, DenoiserModule, load_target, read_checkpoint
+from lightning_mem.types import SampleSet, Weights
+
+
+class MemorizationTrainer(Trainer):
+    """Lightning's Trainer for one run folder, ``default_root_dir``.
+
+    Adds ``metrics.csv``, the ledger, the summary, and exact resumption; puts W&B into the run folder. Everything else
+    is Lightning's.
+    """
+
+    config_digest: str = ""
+
+    def __init__(self, **kwargs: Any) -> None:
+        folder = str(kwargs.get("default_root_dir") or "runs/unnamed")
+        kwargs["default_root_dir"] = folder
+        callbacks = kwargs.get("callbacks") or []
+        callbacks = [callbacks] if isinstance(callbacks, Callback) else list(callbacks)
+        for added, first in ((RunFolder, True), (Ledger, False), (RunSummary, False)):
+            if not any(isinstance(callback, added) for callback in callbacks):
+                callbacks.insert(0 if first else len(callbacks), added())
+        bar = kwargs.get("enable_progress_bar") is not False
+        if bar and not any(isinstance(callback, ProgressBar) for callback in callbacks):
+            callbacks.append(RunProgressBar())
+        kwargs["callbacks"] = callbacks
+        # last.ckpt is the run folder's; without a callback that keeps the best, Lightning would add one per epoch
+        if not any(isinstance(callback, Checkpoint) for callback in callbacks):
+            kwargs["enable_checkpointing"] = False
+        given = kwargs.get("logger")
+        loggers = [] if given in (None, True, False) else list(given) if isinstance(given, list | tuple) else [given]
+        for logger in loggers:
+            if isinstance(logger, WandbTracking):
+                logger.attach(folder)
+        if given is not False:
+            loggers.insert(0, MetricsCSV(folder))
+        kwargs["logger"] = loggers or False
+        plugins = kwargs.get("plugins") or []
+        plugins = list(plugins) if isinstance(plugins, list | tuple) else [plugins]
+        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+            plugins.append(AtomicCheckpointIO())
+        kwargs["plugins"] = plugins
+        super().__init__(**kwargs)
+        self.fit_loop.__class__ = ResumableFitLoop
+
+    def save_checkpoint(
+        self, filepath: str | Path, weights_only: bool | None = False, storage_options: Any | None = None
+    ) -> None:
+        """Lightning's; without the question whether only weights are meant."""
+        super().save_checkpoint(filepath, weights_only=bool(weights_only), storage_options=storage_options)
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        return Path(self.default_root_dir)
+
+    def _find(self, ckpt_path: str | None) -> str | None:
+        """The file that ``ckpt_path`` means, checked; null stays null.
+
+        Raises:
+            ValueError: If there is no such file, or it is damaged.
+        """
+        if ckpt_path is None:
+            return None
+        path = self.folder / "checkpoints" / f"{ckpt_path}.ckpt" if ckpt_path in ("last", "best") else Path(ckpt_path)
+        if not path.is_file():
+            kept = sorted(str(p) for p in (self.folder / "checkpoints").glob("*.ckpt"))
+            raise ValueError(f"--ckpt_path {ckpt_path}: there is no {path}; this run folder has {kept or 'none'}")
+        read_checkpoint(path)
+        return str(path)
+
+    def _trained(self, model: LightningModule | None, ckpt_path: str | None) -> str | None:
+        """The checkpoint a verb works on: the one asked for, else the run's last; null for a pretrained model."""
+        last = self.folder / "checkpoints" / "last.ckpt"
+        if ckpt_path is None and last.is_file():
+            rank_zero_info(f"taking {last}")
+            ckpt_path = "last"
+        if ckpt_path is None and not getattr(model, "pretrained", None):
+            raise ValueError(
+                f"there is no trained network: {last} does not exist. Train with `fit`, name the run with "
+                "--trainer.default_root_dir, or a checkpoint with --ckpt_path"
+            )
+        return self._find(ckpt_path)
+
+    def fit(
+        self,
+        model: LightningModule,
+        train_dataloaders: Any = None,
+        val_dataloaders: Any = None,
+        datamodule: LightningDataModule | None = None,
+        ckpt_path: str | None = None,
+        weights_only: bool | None = True,
+    ) -> None:
+        """Train, drawing memorization ratio, held-out control and Fréchet distance as it goes.
+
+        Args:
+            model: What is trained.
+            train_dataloaders: Lightning's; not used with a datamodule.
+            val_dataloaders: Lightning's; not used with a datamodule.
+            datamodule: Members and held-out images.
+            ckpt_path: ``last`` continues this run folder exactly where it stopped; or a path.
+            weights_only: Read checkpoints so that they cannot run code.
+
+        Raises:
+            ValueError: If the folder holds a run and no ckpt_path was given, or the checkpoint does not exist or fit.
+        """
+        found = holds_a_run(self.folder) if rank_zero_only.rank == 0 else None
+        if ckpt_path is None and found and not self.fast_dev_run:
+            raise ValueError(
+                f"{self.folder} holds {found}: continue it with --ckpt_path last (and a larger --trainer.max_steps if "
+                "it is finished), or name another folder with --trainer.default_root_dir"
+            )
+        super().fit(
+            model,
+            train_dataloaders=train_dataloaders,
+            val_dataloaders=val_dataloaders,
+            datamodule=datamodule,
+            ckpt_path=self._find(ckpt_path),
+            weights_only=weights_only,
+        )
+
+    def validate(
+        self,
+        model: LightningModule | None = None,
+        dataloaders: Any = None,
+        ckpt_path: str | None = None,
+        verbose: bool = True,
+        datamodule: LightningDataModule | None = None,
+        weights_only: bool | None = True,
+    ) -> Any:
+        """Measure a trained run as ``fit`` does at its validations; adds to its ``results.jsonl``.
+
+        Args:
+            model: What is measured.
+            dataloaders: Lightning's; not used with a datamodule.
+            ckpt_path: ``last``, ``best`` or a path; null takes the run's last.
+            verbose: Print the table.
+            datamodule: Members and held-out images.
+            weights_only: Read checkpoints so that they cannot run code.
+        """
+        return super().validate(model, dataloaders, self._trained(model, ckpt_path), verbose, datamodule, weights_only)
+
+    def test(
+        self,
+        model: LightningModule | None = None,
+        dataloaders: Any = None,
+        ckpt_path: str | None = None,
+        verbose: bool = True,
+        datamodule: LightningDataModule | None = None,
+        weights_only: bool | None = True,
+    ) -> Any:
+        """As ``validate``, with the full number of samples (``num_samples_test``).
+
+        Args:
+            model: What is measured.
+            dataloaders: Lightning's; not used with a datamodule.
+            ckpt_path: ``last``, ``best`` or a path; null takes the run's last.
+            verbose: Print the table.
+            datamodule: Members and held-out images.
+            weights_only: Read checkpoints so that they cannot run code.
+        """
+        return super().test(model, dataloaders, self._trained(model, ckpt_path), verbose, datamodule, weights_only)
+
+    def sample(
+        self,
+        model: AbstractModule,
+        datamodule: LightningDataModule | None = None,
+        ckpt_path: str | None = None,
+        weights_only: bool | None = True,
+        num_samples: int = 512,
+        first: int = 0,
+        num_steps: int = 50,
+        sampler: Sampler = "ddim",
+        eta: float = 0.0,
+        sample_seed: int = 0,
+        weights: Weights = "ema",
+        out: str | None = None,
+    ) -> SampleSet | None:
+        """Draw a SampleSet from a trained run; shared by all processes, continues where it stopped.
+
+        Args:
+            model: The trained module; its network comes from the checkpoint.
+            datamodule: Not used; verbs share their configuration.
+            ckpt_path: ``last``, ``best`` or a path; null takes the run's last.
+            weights_only: Read checkpoints so that they cannot run code.
+            num_samples: How many.
+            first: Address of the first sample; sample 17 of a seed is the same image in any set.
+            num_steps: Sampler steps.
+            sampler: ``ddim``, ``ddpm``, ``dpm++``, ``heun`` or ``euler``.
+            eta: DDIM's share of fresh noise, 0 to 1.
+            sample_seed: Seed of the draw.
+            weights: ``ema`` takes averaged weights where there are any, ``raw`` the optimizer's own.
+            out: Where to write (``.npz``, its manifest beside it); null for ``samples/`` in the run folder.
+
+        Returns:
+            The samples, on the first process.
+        """
+        if num_samples < 1 or first < 0:
+            raise ValueError(f"num_samples must be at least 1 and first at least 0, got {num_samples} and {first}")
+        path = self._trained(model, ckpt_path)
+        if path is not None:
+            target = load_target(path, weights)
+        elif isinstance(model, DenoiserModule):
+            target = model.target()
+        else:
+            raise ValueError(f"{type(model).__name__} cannot be sampled; legal is DenoiserModule")
+        settings = {
+            "sampler": sampler, "num_steps": num_steps, "eta": eta, "block": BLOCK, "sample_seed": sample_seed,
+            "target": target.digest,
+        }  # fmt: skip
+        name = f"{Path(path).stem if path else 'pretrained'}_{target.weights}_seed{sample_seed}_{first}-{num_samples}"
+        file = Path(out).with_suffix(".npz") if out else self.folder / "samples" / f"{name}.npz"
+        blocks = _Blocks(file.with_suffix(".blocks"), first, num_samples, settings)
+        drawer = _Drawer(target, settings)
+        writer = _BlockWriter(blocks)
+        self.callbacks.append(writer)  # type: ignore[attr-defined]
+        super().predict(drawer, dataloaders=blocks, return_predictions=False)
+        self.callbacks.remove(writer)  # type: ignore[attr-defined]
+        self.strategy.barrier("samples")
+        if not self.is_global_zero:
+            return None
+        samples = blocks.assemble()
+        samples.save(file)
+        blocks.remove()
+        rank_zero_info(f"{len(samples)} samples ({samples.weights}, digest {samples.digest}) in {file}")
+        return samples
+
+    def predict(  # type: ignore[override]
+        self,
+        model: AbstractModule,
+        datamodule: LightningDataModule | None = None,
+        ckpt_path: str | None = None,
+        weights_only: bool | None = True,
+        num_samples: int = 512,
+        first: int = 0,
+        num_steps: int = 50,
+        sampler: Sampler = "ddim",
+        eta: float = 0.0,
+        sample_seed: int = 0,
+        weights: Weights = "ema",
+        out: str | None = None,
+    ) -> SampleSet | None:
+        """The same as ``sample``.
+
+        Args:
+            model: The trained module; its network comes from the checkpoint.
+            datamodule: Not used; verbs share their configuration.
+            ckpt_path: ``last``, ``best`` or a path; null takes the run's last.
+            weights_only: Read checkpoints so that they cannot run code.
+            num_samples: How many.
+            first: Address of the first sample.
+            num_steps: Sampler steps.
+            sampler: ``ddim``, ``ddpm``, ``dpm++``, ``heun`` or ``euler``.
+            eta: DDIM's share of fresh noise, 0 to 1.
+            sample_seed: Seed of the draw.
+            weights: ``ema`` or ``raw``.
+            out: Where to write; null for ``samples/`` in the run folder.
+        """
+        return self.sample(
+            model, datamodule, ckpt_path, weights_only, num_samples, first, num_steps, sampler, eta, sample_seed,
+            weights, out,
+        )  # fmt: skip
+
+
+class RunProgressBar(TQDMProgressBar):
+    """Lightning's bar over optimizer steps, without the number of a version that run folders do not have."""
+
+    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+        """Loss, memorization ratio and its control."""
+        found = super().get_metrics(trainer, pl_module)
+        found.pop("v_num", None)
+        return found
+
+
+class _Blocks:
+    """The addresses of a draw in blocks; what is on disk already is not drawn again."""
+
+    def __init__(self, folder: Path, first: int, count: int, settings: dict[str, Any]) -> None:
+        self.folder, self.settings = folder, settings
+        self.blocks = torch.arange(first, first + count).split(BLOCK)
+        self.missing = [number for number in range(len(self.blocks)) if not self._is_done(number)]
+        if len(self.missing) < len(self.blocks):
+            rank_zero_info(f"{len(self.blocks) - len(self.missing)} of {len(self.blocks)} blocks are there: continuing")
+        self.rank, self.world_size = 0, 1
+
+    def file(self, number: int) -> Path:
+        """Where a block is written."""
+        return self.folder / f"{number:08d}.npz"
+
+    def _is_done(self, number: int) -> bool:
+        if not self.file(number).exists():
+            return False
+        found = SampleSet.load(self.file(number))
+        if found.settings != self.settings:
+            raise ValueError(
+                f"{self.folder} holds blocks of another draw ({found.settings}), this one is {self.settings}: "
+                "remove it or choose another --out"
+            )
+        return torch.equal(found.addresses, self.blocks[number])
+
+    def own(self) -> list[int]:
+        """Numbers of the missing blocks that fall to this process."""
+        return self.missing[self.rank :: self.world_size]
+
+    def __len__(self) -> int:
+        return len(self.own())
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (self.blocks[number] for number in self.own())
+
+    def assemble(self) -> SampleSet:
+        """All blocks as one set, in order of addresses."""
+        parts = [SampleSet.load(self.file(number)) for number in range(len(self.blocks))]
+        labels = [part.labels for part in parts if part.labels is not None]
+        return SampleSet(
+            torch.cat([part.images for part in parts]),
+            torch.cat([part.addresses for part in parts]),
+            torch.cat(labels) if labels else None,
+            parts[0].weights,
+            self.settings,
+        )
+
+    def remove(self) -> None:
+        """The blocks are in the assembled file."""
+        for file in self.folder.iterdir():
+            file.unlink()
+        self.folder.rmdir()
+
+
+class _Drawer(LightningModule):
+    """Draws blocks of addresses inside Lightning's predict loop: its devices, processes, precision and bar."""
+
+    def __init__(self, target: Target, settings: dict[str, Any]) -> None:
+        super().__init__()
+        self.network = getattr(target.denoiser, "module", None)  # registered, so that the strategy moves it
+        self._target, self._settings = target, settings
+
+    def predict_step(self, addresses: Tensor) -> SampleSet:
+        """The samples of these addresses."""
+        self._target.device = self.device
+        addresses, settings, target = addresses.cpu(), self._settings, self._target
+        seed = settings["sample_seed"]
+        labels = None if target.num_classes is None else draw_labels(target.num_classes, addresses, seed)
+        images = sample(
+            target,
+            addresses,
+            seed=seed,
+            num_steps=settings["num_steps"],
+            sampler=settings["sampler"],
+            eta=settings["eta"],
+            condition=labels,
+            block=settings["block"],
+        )
+        return SampleSet(images, addresses, labels, target.weights, settings)
+
+
+class _BlockWriter(Callback):
+    def __init__(self, blocks: _Blocks) -> None:
+        self._blocks = blocks
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Learn which share is this process's."""
+        self._blocks.rank, self._blocks.world_size = trainer.global_rank, trainer.world_size
+
+    def on_predict_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: SampleSet,
+        batch: Tensor,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """One file per block: a stop loses at most one."""
+        outputs.save(self._blocks.file(int(batch[0] - self._blocks.blocks[0][0]) // BLOCK))
