@@ -142,6 +142,13 @@ class TrainBatches:
             flips = torch.rand(len(rows), generator=generator(self._seed, "flip", step)) < 0.5
         return rows[self._share], flips[self._share]
 
+    def state_dict(self) -> dict[str, int]:
+        """Empty: where the loader stands follows from the Trainer's progress. Lightning asks before it resumes."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Nothing to restore."""
+
     def __iter__(self) -> Iterator[Batch]:
         done, in_epoch = self._progress()
         steps = range(done, done + self._length - in_epoch)
