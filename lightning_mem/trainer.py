@@ -1,12 +1,14 @@
 """The Trainer: Lightning's, with a run folder, exact resumption, and the verbs on a trained run."""
 
+import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint, ProgressBar, TQDMProgressBar
+from lightning.pytorch.callbacks import Checkpoint, ProgressBar, TQDMProgressBar, WeightAveraging
 from lightning.pytorch.plugins import CheckpointIO
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from torch import Tensor
@@ -99,6 +101,18 @@ class MemorizationTrainer(Trainer):
             )
         return self._find(ckpt_path)
 
+    @contextmanager
+    def _without_averaging(self) -> Iterator[None]:
+        """Averaging belongs to ``fit``: left over from one, it would swap its weights over those of the checkpoint."""
+        callbacks: list[Callback] = self.callbacks  # type: ignore[has-type]
+        self.callbacks = [callback for callback in callbacks if not isinstance(callback, WeightAveraging)]
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="Be aware that when using `ckpt_path`, callbacks used")
+                yield
+        finally:
+            self.callbacks = callbacks
+
     def fit(
         self,
         model: LightningModule,
@@ -155,7 +169,9 @@ class MemorizationTrainer(Trainer):
             datamodule: Members and held-out images.
             weights_only: Read checkpoints so that they cannot run code.
         """
-        return super().validate(model, dataloaders, self._trained(model, ckpt_path), verbose, datamodule, weights_only)
+        path = self._trained(model, ckpt_path)
+        with self._without_averaging():
+            return super().validate(model, dataloaders, path, verbose, datamodule, weights_only)
 
     def test(
         self,
@@ -176,7 +192,9 @@ class MemorizationTrainer(Trainer):
             datamodule: Members and held-out images.
             weights_only: Read checkpoints so that they cannot run code.
         """
-        return super().test(model, dataloaders, self._trained(model, ckpt_path), verbose, datamodule, weights_only)
+        path = self._trained(model, ckpt_path)
+        with self._without_averaging():
+            return super().test(model, dataloaders, path, verbose, datamodule, weights_only)
 
     def sample(
         self,
@@ -230,9 +248,9 @@ class MemorizationTrainer(Trainer):
         blocks = _Blocks(file.with_suffix(".blocks"), first, num_samples, settings)
         drawer = _Drawer(target, settings)
         writer = _BlockWriter(blocks)
-        self.callbacks.append(writer)  # type: ignore[attr-defined]
-        super().predict(drawer, dataloaders=blocks, return_predictions=False)
-        self.callbacks.remove(writer)  # type: ignore[attr-defined]
+        with self._without_averaging():
+            self.callbacks.append(writer)
+            super().predict(drawer, dataloaders=blocks, return_predictions=False)
         self.strategy.barrier("samples")
         if not self.is_global_zero:
             return None

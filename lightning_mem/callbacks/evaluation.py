@@ -514,6 +514,8 @@ class SampleEvaluation(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Build extractors now: a missing weight file should stop the run before it trains."""
+        if stage == "predict":  # drawing samples only
+            return
         if not hasattr(pl_module, "target"):
             raise ValueError(f"SampleEvaluation needs a module with target(), {type(pl_module).__name__} has none")
         if self._measure is None:

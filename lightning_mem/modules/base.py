@@ -2,7 +2,7 @@
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -17,6 +17,19 @@ from lightning_mem.types import Weights
 
 META = "lightning_mem"
 """Key of our own part of a checkpoint."""
+
+
+class _Shared:
+    """A factory that copies of the module share: those that jsonargparse makes hold on to the whole program."""
+
+    def __init__(self, call: Callable[..., Any]) -> None:
+        self._call = call
+
+    def __call__(self, *args: Any) -> Any:
+        return self._call(*args)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Shared":
+        return self
 
 
 class AbstractModule(LightningModule, ABC):
@@ -39,7 +52,8 @@ class AbstractModule(LightningModule, ABC):
         seed: int | None,
     ) -> None:
         super().__init__()
-        self._optimizer, self._lr_scheduler = optimizer, lr_scheduler
+        self._optimizer = _Shared(optimizer)
+        self._lr_scheduler = None if lr_scheduler is None else _Shared(lr_scheduler)
         self.seed = int(os.environ.get("PL_GLOBAL_SEED", "0")) if seed is None else seed
         self._first_bad_step: Tensor | None = None
         self.restored_step = 0
