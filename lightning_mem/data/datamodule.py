@@ -73,7 +73,7 @@ class MemorizationDataModule(LightningDataModule):
     def __init__(
         self,
         source: AbstractSource | None = None,
-        num_members: int | None = 64,
+        num_members: int | None = None,
         num_heldout: int = 512,
         image_size: int | None = None,
         channels: int = 1,
@@ -100,6 +100,10 @@ class MemorizationDataModule(LightningDataModule):
         ):
             if value is not None and value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
+        if members is not None and num_members is not None:
+            raise ValueError(
+                f"give num_members or members, not both; got {num_members} and {members!r} (--data.num_members null)"
+            )
         if channels not in (1, 3):
             raise ValueError(f"channels must be 1 or 3, got {channels}")
         if image_size is None:
@@ -126,7 +130,7 @@ class MemorizationDataModule(LightningDataModule):
         self.source.open()
         members, heldout, passed_over = draw_split(
             self.source,
-            num_members=self.num_members if self.members_file is None else None,
+            num_members=self.num_members,
             num_heldout=self.num_heldout,
             members=self.members_file,
             heldout=self.heldout_file,
@@ -147,12 +151,11 @@ class MemorizationDataModule(LightningDataModule):
             num_members=len(members),
             source_classes=self.source.num_classes,
         )
-        self._sets = (self._labelled(members), self._labelled(heldout))
+        self._sets = (self._labelled(members, len(members)), self._labelled(heldout, len(members)))
 
-    def _labelled(self, part: ImageSet) -> ImageSet:
+    def _labelled(self, part: ImageSet, num_members: int) -> ImageSet:
         if self.labels == "unique":  # a held-out image has no label of its own: it borrows one
-            count = len(part) if self._sets is None else len(self._sets[0])
-            return replace(part, labels=torch.arange(len(part)) % max(count, 1))
+            return replace(part, labels=torch.arange(len(part)) % num_members)
         labels = assign_labels(
             self.labels,
             indices=part.indices.numpy(),

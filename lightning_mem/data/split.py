@@ -133,8 +133,6 @@ def draw_split(
     total = len(source)
     order = torch.randperm(total, generator=generator(seed, "split")).numpy()
     if members is not None:
-        if num_members is not None:
-            raise ValueError(f"give num_members or members, not both; got {num_members} and {members!r}")
         member_indices = read_indices(members, "members")
     else:
         free = np.setdiff1d(order, read_indices(heldout, "heldout"), assume_unique=True) if heldout else order

@@ -89,7 +89,8 @@ class DenoiserModule(AbstractModule):
         if pretrained is not None:
             if network is not None or process is not None:
                 raise ValueError("pretrained brings its own network and process: leave both out of the configuration")
-            self.unet, self.process = load_pretrained(pretrained)
+            unet, self.process = load_pretrained(pretrained)
+            self.unet = unet.train()
             self._check_pretrained(pretrained, image_size, channels, num_classes)
         else:
             self.unet = build_unet(network or UNetConfig(), image_size, channels, num_classes)
@@ -121,6 +122,21 @@ class DenoiserModule(AbstractModule):
         config = unet.config
         sizes = {"image_size": config.sample_size, "channels": config.in_channels}
         return cls(**{**sizes, "num_classes": config.num_class_embeds, "pretrained": str(path), **options})
+
+    @classmethod
+    def from_checkpoint(cls, path: str | Path, weights: Weights = "ema", **options: Any) -> "DenoiserModule":
+        """A module with the network of a checkpoint or run folder, to export, fine-tune or look into.
+
+        Args:
+            path: ``*.ckpt`` or a run folder.
+            weights: ``ema`` takes the averaged weights where there are any, ``raw`` the optimizer's own.
+            options: As in the constructor, except what the checkpoint knows.
+        """
+        target = load_target(path, weights)
+        channels, size, _ = target.shape
+        module = cls(size, channels, target.num_classes, **options)
+        module.unet, module.process = target.denoiser.module.train(), target.process  # type: ignore[attr-defined]
+        return module
 
     def to_diffusers(self, folder: str | Path) -> Path:
         """Write a folder that ``DDIMPipeline.from_pretrained`` and :meth:`from_diffusers` load (safetensors)."""
