@@ -74,6 +74,32 @@ def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
         raise
 
 
+@cache
+def package_versions() -> dict[str, str]:
+    """Installed versions of the packages that decide a number."""
+    found = {}
+    for name in RECORDED_PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+@cache
+def machine() -> str:
+    """The machine in words: accelerator or processor, cores, system."""
+    if torch.cuda.is_available():
+        device = f"{torch.cuda.device_count()}x {torch.cuda.get_device_name()}"
+    else:
+        device = "CPU"
+        cpuinfo = Path("/proc/cpuinfo")
+        if cpuinfo.exists():
+            names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+            device = names[0] if names else device
+    return f"{device}, {os.cpu_count()} cores, {platform.system()} {platform.machine()}"
+
+
 @dataclass(frozen=True)
 class Record:
     """One number with everything needed to read it again.
@@ -112,8 +138,8 @@ class Record:
     data_digest: str = ""
     config_digest: str = ""
     run: str = ""
-    versions: dict[str, str] = field(default_factory=lambda: dict(package_versions()))
-    machine: str = field(default_factory=lambda: machine())
+    versions: dict[str, str] = field(default_factory=package_versions)
+    machine: str = field(default_factory=machine)
     when: str = field(default_factory=lambda: datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"))
 
     @property
@@ -138,32 +164,6 @@ class Record:
         if missing:
             raise ValueError(f"a record needs {sorted(missing)}, got the keys {sorted(entry)}")
         return cls(**{key: value for key, value in entry.items() if key in known})
-
-
-@cache
-def package_versions() -> dict[str, str]:
-    """Installed versions of the packages that decide a number."""
-    found = {}
-    for name in RECORDED_PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
-@cache
-def machine() -> str:
-    """The machine in words: accelerator or processor, cores, system."""
-    if torch.cuda.is_available():
-        device = f"{torch.cuda.device_count()}x {torch.cuda.get_device_name()}"
-    else:
-        device = "CPU"
-        cpuinfo = Path("/proc/cpuinfo")
-        if cpuinfo.exists():
-            names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
-            device = names[0] if names else device
-    return f"{device}, {os.cpu_count()} cores, {platform.system()} {platform.machine()}"
 
 
 def read_records(path: str | Path) -> list[Record]:

@@ -30,6 +30,7 @@ class MemorizationTrainer(Trainer):
     """
 
     config_digest: str = ""
+    callbacks: list[Callback]
 
     def __init__(self, **kwargs: Any) -> None:
         folder = str(kwargs.get("default_root_dir") or "runs/unnamed")
@@ -73,7 +74,7 @@ class MemorizationTrainer(Trainer):
         """The run folder."""
         return Path(self.default_root_dir)
 
-    def _find(self, ckpt_path: str | None) -> str | None:
+    def _find(self, ckpt_path: str | Path | None) -> str | None:
         """The file that ``ckpt_path`` means, checked; null stays null.
 
         Raises:
@@ -88,7 +89,7 @@ class MemorizationTrainer(Trainer):
         read_checkpoint(path)
         return str(path)
 
-    def _trained(self, model: LightningModule | None, ckpt_path: str | None) -> str | None:
+    def _trained(self, model: LightningModule | None, ckpt_path: str | Path | None) -> str | None:
         """The checkpoint a verb works on: the one asked for, else the run's last; null for a pretrained model."""
         last = self.folder / "checkpoints" / "last.ckpt"
         if ckpt_path is None and last.is_file():
@@ -104,7 +105,7 @@ class MemorizationTrainer(Trainer):
     @contextmanager
     def _without_averaging(self) -> Iterator[None]:
         """Averaging belongs to ``fit``: left over from one, it would swap its weights over those of the checkpoint."""
-        callbacks: list[Callback] = self.callbacks  # type: ignore[has-type]
+        callbacks = self.callbacks
         self.callbacks = [callback for callback in callbacks if not isinstance(callback, WeightAveraging)]
         try:
             with warnings.catch_warnings():
@@ -119,7 +120,7 @@ class MemorizationTrainer(Trainer):
         train_dataloaders: Any = None,
         val_dataloaders: Any = None,
         datamodule: LightningDataModule | None = None,
-        ckpt_path: str | None = None,
+        ckpt_path: str | Path | None = None,
         weights_only: bool | None = True,
     ) -> None:
         """Train, drawing memorization ratio, held-out control and Fréchet distance as it goes.
@@ -154,7 +155,7 @@ class MemorizationTrainer(Trainer):
         self,
         model: LightningModule | None = None,
         dataloaders: Any = None,
-        ckpt_path: str | None = None,
+        ckpt_path: str | Path | None = None,
         verbose: bool = True,
         datamodule: LightningDataModule | None = None,
         weights_only: bool | None = True,
@@ -177,7 +178,7 @@ class MemorizationTrainer(Trainer):
         self,
         model: LightningModule | None = None,
         dataloaders: Any = None,
-        ckpt_path: str | None = None,
+        ckpt_path: str | Path | None = None,
         verbose: bool = True,
         datamodule: LightningDataModule | None = None,
         weights_only: bool | None = True,

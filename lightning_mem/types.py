@@ -88,7 +88,7 @@ class SampleSet:
         if self.labels is not None:
             arrays["labels"] = self.labels.numpy()
         with atomic_write(path, "wb") as file:
-            np.savez(file, **arrays)
+            np.savez(file, allow_pickle=False, **arrays)
         manifest = {"digest": self.digest, "n": len(self), "weights": self.weights, "settings": self.settings}
         with atomic_write(path.with_suffix(".json")) as file:
             json.dump(manifest, file, indent=1)

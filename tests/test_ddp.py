@@ -36,7 +36,7 @@ def curve(folder: Path, key: str) -> dict[int, float]:
         return {int(row["step"]): float(row[key]) for row in csv.DictReader(file) if row[key]}
 
 
-@pytest.fixture()
+@pytest.fixture
 def config(tmp_path: Path) -> Path:
     """257 samples: no multiple of 64, of 2 ranks, or of a block a rank."""
     path = tmp_path / "config.yaml"
@@ -61,8 +61,8 @@ def test_validate_gives_the_same_records_on_one_process_and_on_two(fit, config: 
 
 def test_training_on_two_processes_follows_the_same_curve(fit, config: Path) -> None:
     # dropout draws per process: off, so that the two runs compute the same thing
-    options = ["--model.init_args.network.dropout", "0", "--trainer.max_steps", "20", "--trainer.log_every_n_steps", "1"]
-    options += ["--trainer.val_check_interval", "20"]
+    options = ["--model.init_args.network.dropout", "0", "--trainer.max_steps", "20"]
+    options += ["--trainer.val_check_interval", "20", "--trainer.log_every_n_steps", "1"]
     one = fit("one", *options, config=config)
     command("fit", "--config", str(config), "--trainer.default_root_dir", "two", *options, *TWO)
     expected, found = curve(one, "train/loss"), curve(Path("two"), "train/loss")

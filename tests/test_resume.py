@@ -3,14 +3,17 @@
 import json
 import os
 import signal
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import TINY
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_mem.callbacks import evaluation
 from lightning_mem.callbacks.run_folder import canonical_progress
+from lightning_mem.cli import run
 from lightning_mem.records import TIME_FIELDS
 
 
@@ -46,33 +49,40 @@ def same_run(a: Path, b: Path) -> None:
     assert (a / "ledger.csv").read_text() == (b / "ledger.csv").read_text()
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run that was never stopped."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["lightning-mem"])
+        run(["fit", "--config", str(TINY), "--trainer.default_root_dir", str(folder)])
+    return folder
+
+
 # 20 members in batches of 8: an epoch is 3 batches; validations after 5 and 10
 @pytest.mark.parametrize("stop", [7, 3, 5, 6, 10])
-def test_two_parts_equal_one_run(fit, stop: int) -> None:
-    whole = fit("whole/run")
+def test_two_parts_equal_one_run(fit, whole: Path, stop: int) -> None:
     part = fit("part/run", "--trainer.max_steps", str(stop))
     fit("part/run", "--ckpt_path", "last")
     same_run(whole, part)
 
 
-def test_training_is_the_same_without_evaluation(fit) -> None:
-    whole = fit("whole/run")
+def test_training_is_the_same_without_evaluation(fit, whole: Path) -> None:
     blind = fit("blind/run", "--trainer.limit_val_batches", "0")
     one, other = (torch.load(f / "checkpoints" / "last.ckpt", weights_only=True) for f in (whole, blind))
     for part in ("state_dict", "current_model_state", "optimizer_states"):
         equal(one[part], other[part], part)
 
 
-def test_raw_and_averaged_weights_differ_so_that_an_exchange_would_be_seen(fit) -> None:
-    checkpoint = torch.load(fit() / "checkpoints" / "last.ckpt", weights_only=True)
+def test_raw_and_averaged_weights_differ_so_that_an_exchange_would_be_seen(whole: Path) -> None:
+    checkpoint = torch.load(whole / "checkpoints" / "last.ckpt", weights_only=True)
     name = next(iter(checkpoint["state_dict"]))
     assert not torch.equal(checkpoint["state_dict"][name], checkpoint["current_model_state"][name])
 
 
 # evaluation calls draw_samples for averaged and raw weights: 1, 2 at step 5; 3, 4 at step 10
 @pytest.mark.parametrize("call", [1, 2, 4])
-def test_stopped_during_an_evaluation(fit, monkeypatch: pytest.MonkeyPatch, call: int) -> None:
-    whole = fit("whole/run")
+def test_stopped_during_an_evaluation(fit, whole: Path, monkeypatch: pytest.MonkeyPatch, call: int) -> None:
     original, calls = evaluation.draw_samples, []
 
     def draw(*args, **kwargs):
@@ -111,10 +121,9 @@ def test_stopped_during_the_evaluation_after_the_last_step(fit, monkeypatch: pyt
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_stopped_in_the_middle_of_a_step(fit, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+def test_stopped_in_the_middle_of_a_step(fit, whole: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     from lightning_mem.modules import DenoiserModule
 
-    whole = fit("whole/run")
     original = DenoiserModule.training_step
 
     def step(self, batch, batch_idx):
@@ -131,10 +140,9 @@ def test_stopped_in_the_middle_of_a_step(fit, monkeypatch: pytest.MonkeyPatch, n
     same_run(whole, Path("part/run"))
 
 
-def test_a_crash_resumes_from_the_last_validation(fit, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_crash_resumes_from_the_last_validation(fit, whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from lightning_mem.modules import DenoiserModule
 
-    whole = fit("whole/run")
     original = DenoiserModule.training_step
 
     def step(self, batch, batch_idx):
@@ -151,8 +159,7 @@ def test_a_crash_resumes_from_the_last_validation(fit, monkeypatch: pytest.Monke
     same_run(whole, Path("part/run"))
 
 
-def test_resume_from_an_earlier_checkpoint_drops_what_came_after(fit) -> None:
-    whole = fit("whole/run")
+def test_resume_from_an_earlier_checkpoint_drops_what_came_after(fit, whole: Path) -> None:
     part = fit("part/run", "--trainer.max_steps", "7")
     os.rename("part/run/checkpoints/last.ckpt", "earlier.ckpt")
     os.remove("part/run/summary.json")

@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -382,9 +383,7 @@ class Measure:
             value = frechet_distance_from_features(features, real)
             interval = None
             if features.shape[1] <= INTERVAL_DIM and len(features) >= 40:
-                interval = jackknife_interval(
-                    lambda rows, real=real: frechet_distance_from_features(features[rows], real), len(features)
-                )
+                interval = jackknife_interval(partial(_frechet_of_rows, features=features, real=real), len(features))
                 definition["interval"] = "block jackknife 95%"
             numbers.append((name, value, interval, len(features), "squared distance", definition))
             if getattr(extractor, "official", False):
@@ -402,6 +401,10 @@ class Measure:
             self._floors[name] = frechet_distance_from_features(real[:half], real[half:])
         definition = {**about, "bank": "heldout", "bank_size": len(real) - half, "queries": "heldout images"}
         return (name, self._floors[name], None, half, "squared distance", definition)
+
+
+def _frechet_of_rows(rows: Tensor, features: Tensor, real: Tensor) -> float:
+    return frechet_distance_from_features(features[rows], real)
 
 
 def draw_labels(num_classes: int, addresses: Tensor, seed: int) -> Tensor:
@@ -519,18 +522,23 @@ class SampleEvaluation(Callback):
         if not hasattr(pl_module, "target"):
             raise ValueError(f"SampleEvaluation needs a module with target(), {type(pl_module).__name__} has none")
         if self._measure is None:
-            data = getattr(trainer, "datamodule", None)
-            if self.reference is None and not isinstance(data, MemorizationDataModule):
-                raise ValueError(
-                    "SampleEvaluation needs images to compare with: a MemorizationDataModule, or "
-                    "reference=Reference.from_images(members, heldout)"
-                )
-            reference = self.reference or Reference.from_datamodule(data)
+            reference = self._reference(trainer)
             if len(reference.heldout) == 0:
                 rank_zero_warn("no held-out images: the memorization ratio has no control in this run")
             self._measure = Measure(
                 reference, self.extractors, self.extractor_weights, self.threshold, self._workers(trainer)
             )
+
+    def _reference(self, trainer: Trainer) -> Reference:
+        data = getattr(trainer, "datamodule", None)
+        if self.reference is not None:
+            return self.reference
+        if isinstance(data, MemorizationDataModule):
+            return Reference.from_datamodule(data)
+        raise ValueError(
+            "SampleEvaluation needs images to compare with: a MemorizationDataModule, or "
+            "reference=Reference.from_images(members, heldout)"
+        )
 
     def _workers(self, trainer: Trainer) -> Workers:
         def gather(rows: Tensor) -> Tensor:

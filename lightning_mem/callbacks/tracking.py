@@ -125,7 +125,13 @@ class WandbTracking(WandbLogger):
         entity: str | None = None,
     ) -> None:
         self._display_name = name
-        self._options = {"project": project, "offline": offline, "tags": tags, "group": group, "entity": entity}
+        self._options: dict[str, Any] = {
+            "project": project,
+            "offline": offline,
+            "tags": tags,
+            "group": group,
+            "entity": entity,
+        }
         self.attach(".")
 
     def attach(self, folder: str) -> None:

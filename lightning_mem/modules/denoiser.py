@@ -135,7 +135,7 @@ class DenoiserModule(AbstractModule):
         target = load_target(path, weights)
         channels, size, _ = target.shape
         module = cls(size, channels, target.num_classes, **options)
-        module.unet, module.process = target.denoiser.module.train(), target.process  # type: ignore[attr-defined]
+        module.unet, module.process = target.denoiser.module.train(), target.process
         return module
 
     def to_diffusers(self, folder: str | Path) -> Path:
@@ -208,13 +208,8 @@ class DenoiserModule(AbstractModule):
         rows = torch.tensor(sorted(self._validation), device=self.device)
         values = torch.tensor([self._validation[int(row)] for row in rows], dtype=torch.float64, device=self.device)
         # every process has the same number of blocks, so the gather needs no sizes; doubles fall together
-        found = dict(
-            zip(
-                self.all_gather(rows).flatten().tolist(),
-                self.all_gather(values).flatten().tolist(),
-                strict=True,
-            )
-        )
+        places, losses = (torch.as_tensor(self.all_gather(part)).flatten().tolist() for part in (rows, values))
+        found = dict(zip(places, losses, strict=True))
         split = len(data.heldout)
         for name, part in (
             ("val/loss", [v for row, v in sorted(found.items()) if row < split]),

@@ -2,6 +2,7 @@
 
 import math
 
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -32,6 +33,6 @@ class WarmupCosine(LRScheduler):
             return rise
         return rise * 0.5 * (1 + math.cos(math.pi * min(step / self.total_steps, 1.0)))
 
-    def get_lr(self) -> list[float]:
+    def get_lr(self) -> list[float | Tensor]:
         """Rates of the coming step."""
         return [base * self.factor(self.last_epoch + 1) for base in self.base_lrs]

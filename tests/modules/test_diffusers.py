@@ -15,7 +15,7 @@ from lightning_mem.randomness import generator
 from lightning_mem.records import read_records
 
 
-@pytest.fixture()
+@pytest.fixture
 def exported(fit) -> tuple[Path, Path]:
     """A run folder and the diffusers folder made from it."""
     run = fit("run")
@@ -87,7 +87,8 @@ def test_a_checkpoint_alone_gives_the_same_samples_in_a_fresh_process(exported) 
     code = (
         "import torch; torch.set_num_threads(1)\n"
         "from lightning_mem.modules import load_target; from lightning_mem.diffusion import sample\n"
-        f"print(sample(load_target('{run}/checkpoints/last.ckpt'), range(5), seed=1, num_steps=3).sum((1,2,3)).tolist())"
+        f"images = sample(load_target('{run}/checkpoints/last.ckpt'), range(5), seed=1, num_steps=3)\n"
+        "print(images.sum((1, 2, 3)).tolist())"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     expected = sample(load_target(run), range(5), seed=1, num_steps=3).sum((1, 2, 3)).tolist()
