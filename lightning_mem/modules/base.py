@@ -153,8 +153,9 @@ class AbstractModule(LightningModule, ABC):
         data = self._datamodule()
         if data is not None and meta["members_digest"] and meta["members_digest"] != data.members.digest:
             raise ValueError(
-                f"the checkpoint was trained on the member set {meta['members_digest']} ({meta['num_members']} images), "
-                f"but this run's members are {data.members.digest} ({len(data.members)} images): use the data options "
+                f"the checkpoint was trained on the member set {meta['members_digest']} "
+                f"({meta['num_members']} images), but this run's members are {data.members.digest} "
+                f"({len(data.members)} images): use the data options "
                 "of its own config.yaml, or data.members with its members.json"
             )
         self.restored_step = int(meta["step"])

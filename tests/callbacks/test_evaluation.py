@@ -1,0 +1,188 @@
+"""The callback measures the averaged weights in any order, from the same noise, without touching training."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import EMAWeightAveraging
+
+from lightning_mem.callbacks import Measure, Reference, SampleEvaluation, Workers, draw_samples
+from lightning_mem.data import MemorizationDataModule
+from lightning_mem.diffusion import DiffusionProcess, EmpiricalDenoiser, Target
+from lightning_mem.metrics import wilson_interval
+from lightning_mem.modules import DenoiserModule
+from lightning_mem.networks import UNetConfig
+from lightning_mem.records import read_records
+from lightning_mem.trainer import MemorizationTrainer
+from lightning_mem.types import SampleSet, to_uint8
+
+
+@pytest.fixture(scope="module")
+def data() -> MemorizationDataModule:
+    module = MemorizationDataModule(num_members=30, num_heldout=40, batch_size=10)
+    module.setup()
+    return module
+
+
+def train(data: MemorizationDataModule, folder: str, callbacks: list, steps: int = 4) -> dict[str, tuple]:
+    torch.manual_seed(0)
+    module = DenoiserModule(network=UNetConfig(block_out_channels=(8,), norm_num_groups=4, mid_attention=False), seed=0)
+    trainer = MemorizationTrainer(
+        default_root_dir=folder, accelerator="cpu", max_steps=steps, val_check_interval=2, check_val_every_n_epoch=None,
+        callbacks=callbacks, enable_progress_bar=False, enable_model_summary=False, log_every_n_steps=1,
+    )  # fmt: skip
+    trainer.fit(module, datamodule=data)
+    found = read_records(Path(folder) / "results.jsonl")
+    return {f"{r.name}@{r.step}": (r.value, r.low, r.high, r.weights) for r in found}
+
+
+def test_numbers_do_not_depend_on_the_order_of_callbacks(data) -> None:
+    def evaluation() -> SampleEvaluation:
+        return SampleEvaluation(num_samples=10, num_steps=2, raw=True)
+
+    first = train(data, "a", [EMAWeightAveraging(decay=0.5), evaluation()])
+    second = train(data, "b", [evaluation(), EMAWeightAveraging(decay=0.5)])
+    assert first == second
+    assert first["memorization/nearest_mean@4"][3] == "ema"
+    assert first["raw/memorization/nearest_mean@4"][3] == "raw"
+    assert first["memorization/nearest_mean@4"][0] != first["raw/memorization/nearest_mean@4"][0]
+    without = train(data, "c", [evaluation()])
+    # the raw weights are those of a run that averages nothing
+    assert without["memorization/nearest_mean@4"][:3] == first["raw/memorization/nearest_mean@4"][:3]
+
+
+def test_every_evaluation_starts_from_the_same_noise(data) -> None:
+    train(data, "a", [SampleEvaluation(num_samples=10, num_steps=2)], steps=2)
+    train(data, "b", [SampleEvaluation(num_samples=10, num_steps=2)], steps=4)
+    one, two = read_records("a/results.jsonl"), read_records("b/results.jsonl")
+    assert [r.value for r in one] == [r.value for r in two if r.step == 2]
+
+
+def test_log_spaced_evaluations_always_hold_the_last(data) -> None:
+    values = train(data, "a", [SampleEvaluation(num_samples=5, num_steps=1, log_spaced=3)], steps=16)
+    steps = {int(key.split("@")[1]) for key in values}
+    assert steps == {2, 6, 16}
+
+
+class Oracle(LightningModule):
+    """Somebody's own module: all it has is target()."""
+
+    def __init__(self, target: Target) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(1, 1)
+        self._own = target
+
+    def target(self) -> Target:
+        return self._own
+
+    def training_step(self, batch: list[torch.Tensor], batch_idx: int) -> torch.Tensor:
+        return self.layer(batch[0]).mean()
+
+    def validation_step(self, batch: list[torch.Tensor], batch_idx: int) -> None:
+        return None
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+def test_works_in_any_module_with_target(data) -> None:
+    target = EmpiricalDenoiser(data.members.images, DiffusionProcess()).target()
+    reference = Reference.from_images(data.members.images, data.heldout.images)
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.zeros(4, 1)), batch_size=2)
+    trainer = Trainer(
+        max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        num_sanity_val_steps=0, enable_model_summary=False,
+        callbacks=[SampleEvaluation(num_samples=20, num_steps=10, reference=reference)],
+    )  # fmt: skip
+    trainer.fit(Oracle(target), loader, loader)
+    assert float(trainer.callback_metrics["memorization/ratio"]) == 1.0
+    assert float(trainer.callback_metrics["memorization/ratio_heldout"]) == 0.0
+    with pytest.raises(ValueError, match=r"reference=Reference.from_images"):
+        Trainer(max_epochs=1, accelerator="cpu", logger=False, callbacks=[SampleEvaluation()],
+                enable_checkpointing=False, enable_progress_bar=False).fit(Oracle(target), loader, loader)  # fmt: skip
+
+
+def planted(data: MemorizationDataModule, copies: int, total: int) -> SampleSet:
+    """A known share of copies (one pixel a level off); the others average two members, so they are near neither."""
+    bank = data.members.images.clone()
+    fresh = ((bank[:total].float() + bank.roll(1, 0)[:total].float()) / 2).to(torch.uint8)
+    fresh[:copies] = bank[:copies]
+    fresh[:copies, 0, 0, 0] += 1
+    return SampleSet(fresh, torch.arange(total))
+
+
+def test_planted_copies_are_found_with_their_control(data) -> None:
+    reference = Reference.from_datamodule(data)
+    measurement = Measure(reference)(planted(data, 12, 30), step=7)
+    values = measurement.values()
+    assert values["memorization/ratio"] == 12 / 30
+    assert (values["memorization/ratio_low"], values["memorization/ratio_high"]) == wilson_interval(12, 30)
+    assert values["memorization/ratio_heldout"] == 0.0
+    assert measurement.nearest[:12].tolist() == list(range(12))
+    assert measurement.memorized.tolist() == [True] * 12 + [False] * 18
+    by_name = {r.name: r for r in measurement.records}
+    # statistics that depend on the size of the bank use equally large banks; the ratio uses all of both
+    assert by_name["memorization/normalized_l2"].definition["bank_size"] == 30
+    assert by_name["memorization/normalized_l2_heldout"].definition["bank_size"] == 30
+    assert by_name["memorization/ratio_heldout"].definition["bank_size"] == 40
+    assert by_name["memorization/ratio_heldout"].data_digest == data.heldout.digest
+
+
+def test_nearest_mean_is_rms_on_the_unit_scale(data) -> None:
+    reference = Reference.from_images(data.members.images[:20], data.heldout.images[:20])
+    samples = SampleSet(data.heldout.images[20:30], torch.arange(10))
+    difference = samples.images[:, None].double() - reference.members[None].double()
+    expected = (difference / 255).square().flatten(2).mean(2).sqrt().amin(1).mean()
+    found = Measure(reference)(samples).values()["memorization/nearest_mean"]
+    assert found == pytest.approx(float(expected), rel=1e-6)
+
+
+def test_mirrored_copies_count_where_training_flips() -> None:
+    data = MemorizationDataModule(num_members=30, num_heldout=40, flip=True)
+    data.setup()
+    mirrored = SampleSet(data.members.images.flip(-1), torch.arange(30))
+    assert Measure(Reference.from_datamodule(data))(mirrored).values()["memorization/ratio"] == 1.0
+    plain = Reference.from_images(data.members.images, data.heldout.images)
+    assert Measure(plain)(mirrored).values()["memorization/ratio"] < 0.2
+
+
+def test_without_heldout_images_the_control_is_null(data) -> None:
+    measurement = Measure(Reference.from_images(data.members.images))(planted(data, 3, 30))
+    by_name = {r.name: r for r in measurement.records}
+    assert by_name["memorization/ratio_heldout"].value is None
+    assert by_name["frechet/pixels/heldout"].value is None
+    assert "memorization/ratio_heldout" not in measurement.values()
+
+
+@pytest.mark.parametrize("world", [2, 3, 5])
+def test_dealing_out_blocks_changes_nothing(world: int) -> None:
+    rows = torch.arange(150.0)
+    pieces = {}
+
+    def worker(rank: int, gather) -> torch.Tensor:
+        return Workers(rank, world, gather).in_blocks(150, lambda places: rows[places] * 2, block=64)
+
+    for rank in range(world):  # first pass: what each process would send
+        worker(rank, lambda piece, rank=rank: pieces.setdefault(rank, piece)[None])
+    together = torch.stack([pieces[rank] for rank in range(world)])
+    assert torch.equal(worker(0, lambda piece: together), rows * 2)
+
+
+def test_padding_rows_do_not_reach_the_samples(data) -> None:
+    target = EmpiricalDenoiser(data.members.images, DiffusionProcess()).target()
+    small, large = draw_samples(target, 3, num_steps=5), draw_samples(target, 65, num_steps=5)
+    assert len(small) == 3
+    assert torch.equal(small.images, large.images[:3])
+
+
+def test_wrong_shapes_are_named(data) -> None:
+    samples = SampleSet(to_uint8(torch.zeros(2, 3, 8, 8)), torch.arange(2))
+    with pytest.raises(ValueError, match=r"samples are \(3, 8, 8\), the training images \(1, 8, 8\)"):
+        Measure(Reference.from_datamodule(data))(samples)
+
+
+def test_one_training_image_has_no_ratio(data) -> None:
+    same = data.members.images[:1].expand(5, -1, -1, -1)
+    with pytest.raises(ValueError, match="two different training images, got 1"):
+        Measure(Reference.from_images(same, data.heldout.images))(planted(data, 3, 30))

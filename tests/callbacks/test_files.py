@@ -1,0 +1,156 @@
+"""What a run leaves behind: ledger, pictures, metrics.csv, summary, W&B."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from lightning_mem.callbacks import Gallery, Measure, MetricsCSV, Reference, onset, summarize
+from lightning_mem.callbacks.gallery import tile
+from lightning_mem.callbacks.ledger import drop_ledger_rows, ledger_rows, read_ledger
+from lightning_mem.records import Record, write_records
+from lightning_mem.types import SampleSet
+
+
+def patterns(count: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(0, 256, (count, 1, 8, 8), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+
+
+def test_ledger_counts_the_copies_of_each_image() -> None:
+    bank = patterns(10)
+    reference = Reference(bank, patterns(10, 1), torch.arange(10), indices=torch.arange(10) + 500)
+    samples = SampleSet(torch.cat([bank[[4, 4, 7, 4]], patterns(2, 2)]), torch.tensor([9, 8, 7, 6, 5, 4]))
+    rows = ledger_rows(samples, reference, Measure(reference)(samples), step=3)
+    assert [(row["index"], row["copies"], row["samples"]) for row in rows] == [("504", "3", "9 8 6"), ("507", "1", "7")]
+    assert {row["nearest"] for row in rows} == {"0.000000"}
+
+
+def test_ledger_names_one_image_for_both_orientations() -> None:
+    bank = patterns(5)
+    both = torch.cat([bank, bank.flip(-1)])
+    owners = torch.arange(5).repeat(2)
+    reference = Reference(both, patterns(5, 1), owners, indices=torch.arange(5), mirror=True)
+    samples = SampleSet(torch.stack([bank[2], bank[2].flip(-1)]), torch.arange(2))
+    rows = ledger_rows(samples, reference, Measure(reference)(samples), step=0)
+    assert [(row["index"], row["copies"]) for row in rows] == [("2", "2")]
+
+
+def test_ledger_rows_past_a_step_are_dropped() -> None:
+    Path("ledger.csv").write_text("step,weights,index,copies,nearest,samples\n1,ema,0,1,0.1,0\n3,ema,0,1,0.1,0\n")
+    drop_ledger_rows("ledger.csv", 2)
+    assert [row["step"] for row in read_ledger("ledger.csv")] == ["1"]
+
+
+def test_metrics_csv_continues_and_widens() -> None:
+    MetricsCSV("run").log_metrics({"a": 0.1, "epoch": 0, "time/share": 9.0}, step=1)
+    logger = MetricsCSV("run")
+    logger.log_metrics({"a": 0.2}, step=2)
+    logger.log_metrics({"b": 0.3}, step=2)
+    assert Path("run/metrics.csv").read_text() == "step,a,b\n1,0.1,\n2,0.2,\n2,,0.3\n"
+    logger.drop_after(1, keep_validation=True)
+    assert Path("run/metrics.csv").read_text() == "step,a\n1,0.1\n"
+
+
+def test_an_owed_validation_drops_its_row_only() -> None:
+    logger = MetricsCSV("run")
+    logger.log_metrics({"train/loss": 0.5}, step=5)
+    logger.log_metrics({"val/loss": 0.6}, step=5)
+    logger.drop_after(5, keep_validation=False)
+    assert Path("run/metrics.csv").read_text() == "step,train/loss\n5,0.5\n"
+
+
+def record(name: str, step: int, low: float, high: float, n: int = 100) -> Record:
+    return Record(name=name, value=(low + high) / 2, n=n, step=step, low=low, high=high)
+
+
+def curve(lows: list[float], control: float = 0.03, n: int = 100) -> list[Record]:
+    rows = []
+    for i, low in enumerate(lows):
+        rows.append(record("memorization/ratio", 10 * i, low, low + 0.1))
+        rows.append(record("memorization/ratio_heldout", 10 * i, 0.0, control, n))
+    return rows
+
+
+@pytest.mark.parametrize(
+    ("lows", "expected"),
+    [([0.0, 0.02, 0.05, 0.5], 20), ([0.0, 0.05, 0.02, 0.5, 0.6], 30), ([0.0, 0.0, 0.5], None), ([0.03, 0.03], None)],
+)
+def test_onset_needs_two_evaluations_above_the_control(lows: list[float], expected: int | None) -> None:
+    assert onset(curve(lows)) == expected
+
+
+def test_onset_compares_at_equal_n_only() -> None:
+    assert onset(curve([0.5, 0.6], n=99)) is None
+
+
+def test_summary_says_what_is_left_open() -> None:
+    write_records("run/results.jsonl", curve([0.0, 0.2, 0.4]))
+    Path("run/ledger.csv").write_text(
+        "step,weights,index,copies,nearest,samples\n10,ema,7,9,0.1,0\n20,ema,3,5,0.2,1 2\n20,ema,4,1,0.1,3\n"
+    )
+    summary = summarize("run", "checkpoints/best.ckpt")
+    assert summary["onset_step"] == 10
+    assert summary["memorization/ratio"]["step"] == 20
+    assert summary["most_copied"] == [
+        {"index": 3, "copies": 5, "nearest": 0.2},
+        {"index": 4, "copies": 1, "nearest": 0.1},
+    ]
+    json.dumps(summary)
+
+
+def test_tile_puts_images_where_they_belong() -> None:
+    images = patterns(5)
+    sheet = tile(images, columns=2, gap=1)
+    assert sheet.shape == (1, 26, 17)
+    assert torch.equal(sheet[:, 9:17, 9:17], images[3])
+    assert (sheet[:, 8] == 160).all()
+
+
+@pytest.mark.parametrize(("upload", "training_images"), [("samples", False), ("pairs", True), ("none", False)])
+def test_training_images_leave_the_machine_only_when_asked(upload: str, training_images: bool) -> None:
+    """A stand-in W&B logger records what it would be sent."""
+    from lightning.pytorch.loggers import WandbLogger
+
+    class Recorder(WandbLogger):
+        def __init__(self) -> None:
+            self.images, self.tables = [], []
+
+        def log_image(self, key, images, step=None):
+            self.images += images
+
+        def log_table(self, key, columns=None, data=None, step=None, **kwargs):
+            self.tables.append((columns, data))
+
+    class Run:
+        default_root_dir = "run"
+        loggers = (Recorder(),)
+
+    bank = patterns(10)
+    reference = Reference.from_images(bank, patterns(10, 1))
+    samples = SampleSet(torch.cat([bank[:3], patterns(3, 2)]), torch.arange(6))
+    Gallery(pairs=4, upload=upload).on_evaluation(Run(), samples, reference, Measure(reference)(samples), step=5)
+    logger = Run.loggers[0]
+    assert bool(logger.tables) is training_images
+    if training_images:
+        columns, rows = logger.tables[0]
+        assert columns == ["sample", "index", "image", "nearest member", "distance", "ratio"]
+        assert len(rows) == 4
+        assert {row[1] for row in rows[:3]} == {0, 1, 2}
+    assert all("samples_" in path for path in logger.images)
+    # local pictures always
+    for name in ("samples_step000005.png", "pairs_step000005.png"):
+        with Image.open(Path("run/images") / name) as picture:
+            assert len(np.unique(np.asarray(picture.convert("L")))) > 20
+
+
+def test_a_resumed_run_is_the_same_wandb_run_in_the_run_folder(fit) -> None:
+    options = ["--trainer.logger", "lightning_mem.callbacks.WandbTracking"]
+    run = fit("run", *options, "--trainer.max_steps", "2")
+    fit("run", *options, "--trainer.max_steps", "4", "--ckpt_path", "last")
+    names = sorted(path.name for path in (run / "wandb").glob("offline-run-*"))
+    assert 1 <= len(names) <= 2  # two parts of one run, unless they fell into one second
+    assert len({name.rsplit("-", 1)[1] for name in names}) == 1
+    assert not Path("wandb").exists()
