@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import wandb
 from PIL import Image
 
 from lightning_mem.callbacks import Gallery, Measure, MetricsCSV, Reference, onset, summarize
@@ -149,7 +150,9 @@ def test_training_images_leave_the_machine_only_when_asked(upload: str, training
 def test_a_resumed_run_is_the_same_wandb_run_in_the_run_folder(fit) -> None:
     options = ["--trainer.logger", "lightning_mem.callbacks.WandbTracking"]
     run = fit("run", *options, "--trainer.max_steps", "2")
+    wandb.finish()
     fit("run", *options, "--trainer.max_steps", "4", "--ckpt_path", "last")
+    wandb.finish()
     names = sorted(path.name for path in (run / "wandb").glob("offline-run-*"))
     assert 1 <= len(names) <= 2  # two parts of one run, unless they fell into one second
     assert len({name.rsplit("-", 1)[1] for name in names}) == 1
