@@ -159,6 +159,8 @@ class Record:
             ValueError: If the line is not JSON or lacks a field; it names what is missing.
         """
         entry = json.loads(line)
+        if not isinstance(entry, dict):
+            raise ValueError(f"a record is a JSON object, got {line[:40]!r}")
         known = {f.name for f in fields(cls)}
         missing = {"name", "value", "n", "step"} - entry.keys()
         if missing:

@@ -245,7 +245,7 @@ class MemorizationTrainer(Trainer):
             "target": target.digest,
         }  # fmt: skip
         name = f"{Path(path).stem if path else 'pretrained'}_{target.weights}_seed{sample_seed}_{first}-{num_samples}"
-        file = Path(out).with_suffix(".npz") if out else self.folder / "samples" / f"{name}.npz"
+        file = Path(out.removesuffix(".npz") + ".npz") if out else self.folder / "samples" / f"{name}.npz"
         blocks = _Blocks(file.with_suffix(".blocks"), first, num_samples, settings)
         drawer = _Drawer(target, settings)
         writer = _BlockWriter(blocks)

@@ -2,6 +2,7 @@
 
 import json
 import zipfile
+import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -83,7 +84,9 @@ class SampleSet:
 
     def save(self, path: str | Path) -> None:
         """Write ``path`` (``.npz``) and its manifest ``<stem>.json``; both replaced in one move each."""
-        path = Path(path).with_suffix(".npz")
+        path = Path(path)
+        if path.suffix != ".npz":  # not with_suffix: a name may hold a dot
+            path = path.with_name(path.name + ".npz")
         arrays = {"arr_0": self.images.permute(0, 2, 3, 1).numpy(), "addresses": self.addresses.numpy()}
         if self.labels is not None:
             arrays["labels"] = self.labels.numpy()
@@ -102,9 +105,13 @@ class SampleSet:
         """
         path = Path(path)
         try:
-            with np.load(path, allow_pickle=False) as archive:
+            # a handle of our own: numpy leaves its open when the archive is cut off
+            with path.open("rb") as file:
+                archive = np.load(file, allow_pickle=False)
+                if not isinstance(archive, np.lib.npyio.NpzFile):
+                    raise ValueError("a single array, not an archive")
                 arrays = {name: archive[name] for name in archive.files}
-        except (zipfile.BadZipFile, ValueError, EOFError) as error:
+        except (zipfile.BadZipFile, zlib.error, ValueError, EOFError) as error:
             raise ValueError(f"{path} is not a readable .npz archive: {error}") from error
         images = arrays.get("arr_0")
         if images is None or images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3):

@@ -31,8 +31,23 @@ _SAMPLERS: dict[str, type[SchedulerMixin]] = {
 }
 # Their default spacings are fractional; only `trailing` visits training timesteps.
 _INTEGER_SPACING = {"heun": {"timestep_spacing": "trailing"}, "euler": {"timestep_spacing": "trailing"}}
-# Of the tables below, what a scheduler's configuration must hold to be read as a discrete variance-preserving process.
+# What a scheduler's configuration must hold to be read as a discrete variance-preserving process.
 _NEEDED = ("num_train_timesteps", "beta_schedule", "prediction_type")
+# Classes whose alpha_bar is the plain product of their betas.
+_READABLE = {
+    *("DDPMScheduler", "DDIMScheduler", "DDIMInverseScheduler", "DDPMParallelScheduler", "DDIMParallelScheduler"),
+    *(
+        "DPMSolverMultistepScheduler",
+        "DPMSolverSinglestepScheduler",
+        "DPMSolverSDEScheduler",
+        "UniPCMultistepScheduler",
+    ),
+    *("DEISMultistepScheduler", "PNDMScheduler", "LMSDiscreteScheduler", "HeunDiscreteScheduler"),
+    *("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "KDPM2DiscreteScheduler", "LCMScheduler"),
+    "KDPM2AncestralDiscreteScheduler",
+}
+# What decides a sample beside alpha_bar and the prediction.
+_DECIDING = ("clip_sample", "clip_sample_range", "thresholding", "timestep_spacing", "steps_offset", "variance_type")
 
 
 def _per_row(values: Tensor, like: Tensor) -> Tensor:
@@ -76,6 +91,9 @@ class DiffusionProcess:
             raise ValueError(f"num_timesteps must be at least 2, got {num_timesteps}")
         if not 0 < beta_start <= beta_end < 1:
             raise ValueError(f"betas must satisfy 0 < beta_start <= beta_end < 1, got {beta_start} and {beta_end}")
+        for name, value, legal in (("schedule", schedule, _SCHEDULES), ("prediction", prediction, _PREDICTION_TYPES)):
+            if value not in legal:
+                raise ValueError(f"{name} must be one of {sorted(legal)}, got {value!r}")
         self._setup(
             {
                 "_class_name": "DDPMScheduler",
@@ -99,12 +117,14 @@ class DiffusionProcess:
         Raises:
             ValueError: If it is flow matching or continuous time (named), or its keys are missing.
         """
-        name = str(config.get("_class_name", "a scheduler"))
+        name = str(config.get("_class_name", "DDPMScheduler"))
         flow = "Flow" in name or config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction"
-        if flow or "EDM" in name or config.get("sigma_data") or "VE" in name:
+        continuous = "EDM" in name or config.get("sigma_data") or config.get("timestep_type") == "continuous"
+        if flow or continuous or name not in _READABLE or config.get("snr_shift_scale"):
+            kind = "flow matching" if flow else "continuous time" if continuous else "not a plain product of betas"
             raise ValueError(
-                f"{name} is {'flow matching' if flow else 'continuous time'}, which is not built yet; "
-                "legal are discrete variance-preserving schedules (DDPM, DDIM, DPM-Solver, Euler, Heun configurations)"
+                f"{name} is {kind}, which is not built yet; legal are discrete variance-preserving schedules "
+                "(configurations of DDPM, DDIM, DPM-Solver, Euler, Heun and their kin)"
             )
         missing = [key for key in _NEEDED if key not in config]
         if missing:
@@ -123,6 +143,7 @@ class DiffusionProcess:
             )
         self.prediction: Prediction = _PREDICTIONS[scheduler.config.prediction_type]
         self.alpha_bar: Tensor = scheduler.alphas_cumprod.double()
+        self._deciding = {key: scheduler.config.get(key) for key in _DECIDING}
         self._zero_signal = torch.nonzero(self.alpha_bar == 0).flatten()
         if self.prediction == "eps" and len(self._zero_signal):
             raise ValueError(
@@ -133,8 +154,8 @@ class DiffusionProcess:
 
     @property
     def digest(self) -> str:
-        """Digest of the schedule and the prediction."""
-        return digest(self.alpha_bar, self.prediction)
+        """Digest of the schedule, the prediction, and what else decides a sample."""
+        return digest(self.alpha_bar, self.prediction, self._deciding)
 
     def alpha_bar_at(self, t: Tensor, like: Tensor) -> Tensor:
         """alpha_bar of timesteps t int64 [B], shaped to multiply rows of ``like``."""
@@ -241,10 +262,13 @@ class DiffusionProcess:
             prediction: What the denoiser outputs; null for the process's own.
 
         Raises:
-            ValueError: If the sampler is unknown, or num_steps out of range, or a timestep is not an integer.
+            ValueError: If the sampler is unknown or does not know this schedule, num_steps is out of range, or the
+                sampler would visit a timestep twice, or one that is no integer in [0, T).
         """
         if sampler not in _SAMPLERS:
             raise ValueError(f"sampler must be one of {sorted(_SAMPLERS)}, got {sampler!r}")
+        if sampler == "heun" and len(self._zero_signal):
+            raise ValueError("diffusers' Heun does not know zero terminal SNR; use ddim, ddpm or euler")
         if not 1 <= num_steps <= self.num_timesteps:
             raise ValueError(f"num_steps must lie in [1, {self.num_timesteps}], got {num_steps}")
         prediction_type = _PREDICTION_TYPES[prediction or self.prediction]
@@ -252,6 +276,12 @@ class DiffusionProcess:
             self.config, prediction_type=prediction_type, **_INTEGER_SPACING.get(sampler, {})
         )
         scheduler.set_timesteps(num_steps)
-        if not torch.equal(scheduler.timesteps, scheduler.timesteps.round()):
-            raise ValueError(f"{sampler} with {num_steps} steps visits fractional timesteps; choose a divisor of T")
+        steps = scheduler.timesteps
+        whole = torch.equal(steps, steps.round()) and int(steps.min()) >= 0 and int(steps.max()) < self.num_timesteps
+        if not whole or len(steps.unique()) != num_steps:
+            raise ValueError(
+                f"{sampler} with num_steps {num_steps} would not visit {num_steps} different timesteps in "
+                f"[0, {self.num_timesteps}); choose fewer steps, a divisor of {self.num_timesteps}, or a "
+                "configuration without use_karras_sigmas"
+            )
         return scheduler

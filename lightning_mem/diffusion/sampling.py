@@ -13,7 +13,7 @@ from lightning_mem.randomness import generator
 from lightning_mem.types import to_uint8
 
 OnStep = Callable[[int, int, Tensor], None]
-"""Called with (sampler step, training timestep, x_t) after each step of each block."""
+"""Called with (sampler step, training timestep, the sampler's own x) after each step of each block."""
 
 
 class ScoreTerm(Protocol):
@@ -38,14 +38,14 @@ class HasTarget(Protocol):
 def _evaluation_mode(denoiser: object) -> Iterator[None]:
     """Dropout off while sampling, back as it was afterwards."""
     module = getattr(denoiser, "module", None)
-    if not isinstance(module, torch.nn.Module) or not module.training:
-        yield
-        return
-    module.eval()
+    training = [part for part in module.modules() if part.training] if isinstance(module, torch.nn.Module) else []
+    for part in training:
+        part.training = False
     try:
         yield
     finally:
-        module.train()
+        for part in training:
+            part.training = True
 
 
 def _rows(condition: Condition, rows: Tensor, device: torch.device | str) -> Condition:
@@ -78,7 +78,7 @@ def initial_noise(shape: tuple[int, ...], generators: Sequence[torch.Generator])
     return torch.stack([torch.randn(shape, generator=g) for g in generators])
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference mode: a score term may differentiate a classifier
 def sample_x0(
     target: HasTarget,
     indices: Sequence[int] | Tensor,
@@ -94,7 +94,10 @@ def sample_x0(
 ) -> Tensor:
     """As :func:`sample`, before quantising: float32 [N, C, H, W] in the denoiser's space, on its device."""
     target = target.target()
-    addresses = torch.as_tensor(indices, dtype=torch.int64).cpu().flatten()
+    addresses = torch.as_tensor(indices).cpu().flatten()
+    if len(addresses) and (addresses.is_floating_point() or addresses.dtype == torch.bool):
+        raise ValueError(f"indices must be integers, got {addresses.dtype}")
+    addresses = addresses.to(torch.int64)
     if block < 1:
         raise ValueError(f"block must be at least 1, got {block}")
     if eta < 0 or (eta > 0 and sampler != "ddim"):
@@ -158,7 +161,7 @@ def sample(
         guidance: Score terms, added in turn; none leaves the network's output untouched.
         condition: int64 labels [N], or a mapping of tensors with N rows, one row per index.
         block: Images per network call; part of the definition, because rounding depends on it.
-        on_step: Called after each sampler step with (step, training timestep, x_t).
+        on_step: Called after each sampler step with (step, training timestep, x in the sampler's own scale).
 
     Returns:
         uint8 [N, C, H, W] on the CPU.

@@ -257,7 +257,9 @@ def load_pretrained(path: str) -> tuple[UNet2DModel, DiffusionProcess]:
             "around UNet2DModel (DDPMPipeline, DDIMPipeline)"
         )
     rank_zero_info(f"starting from {path}: {sum(p.numel() for p in unet.parameters()):,} parameters")
-    return unet, DiffusionProcess.from_config(dict(pipeline.scheduler.config))
+    return unet, DiffusionProcess.from_config(
+        {**pipeline.scheduler.config, "_class_name": type(pipeline.scheduler).__name__}
+    )
 
 
 def load_target(path: str | Path, weights: Weights = "ema", device: str = "cpu") -> Target:
