@@ -13,7 +13,7 @@ from lightning.pytorch.plugins import CheckpointIO
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from torch import Tensor
 
-from lightning_mem.callbacks import Ledger, MetricsCSV, RunFolder, RunSummary, WandbTracking
+from lightning_mem.callbacks import Curves, Ledger, MetricsCSV, RunFolder, RunSummary, WandbTracking
 from lightning_mem.callbacks.evaluation import draw_labels
 from lightning_mem.callbacks.run_folder import AtomicCheckpointIO, ResumableFitLoop, holds_a_run
 from lightning_mem.data.datamodule import BLOCK
@@ -25,8 +25,8 @@ from lightning_mem.types import SampleSet, Weights
 class MemorizationTrainer(Trainer):
     """Lightning's Trainer for one run folder, ``default_root_dir``.
 
-    Adds ``metrics.csv``, the ledger, the summary, and exact resumption; puts W&B into the run folder. Everything else
-    is Lightning's.
+    Adds ``metrics.csv``, the ledger, the curves, the summary, and exact resumption; puts W&B into the run folder.
+    Everything else is Lightning's.
     """
 
     config_digest: str = ""
@@ -37,7 +37,7 @@ class MemorizationTrainer(Trainer):
         kwargs["default_root_dir"] = folder
         callbacks = kwargs.get("callbacks") or []
         callbacks = [callbacks] if isinstance(callbacks, Callback) else list(callbacks)
-        for added, first in ((RunFolder, True), (Ledger, False), (RunSummary, False)):
+        for added, first in ((RunFolder, True), (Ledger, False), (Curves, False), (RunSummary, False)):
             if not any(isinstance(callback, added) for callback in callbacks):
                 callbacks.insert(0 if first else len(callbacks), added())
         bar = kwargs.get("enable_progress_bar") is not False

@@ -69,6 +69,7 @@ def summarize(folder: str | Path, best_checkpoint: str | None = None) -> dict[st
     copied = [row for row in rows if int(row["step"]) == final and row["weights"] == rows[-1]["weights"]][:5]
     names = sorted({record.name for record in records})
     images = sorted(str(path.relative_to(folder)) for path in (folder / "images").glob("*.png"))
+    pairs = [name for name in images if "pairs" in name]
     return {
         "finished": True,
         "run": folder.name,
@@ -84,7 +85,7 @@ def summarize(folder: str | Path, best_checkpoint: str | None = None) -> dict[st
             {"index": int(row["index"]), "copies": int(row["copies"]), "nearest": float(row["nearest"])}
             for row in copied
         ],
-        "open": ["results.jsonl", "metrics.csv", "ledger.csv", *images[-2:]],
+        "open": [*images[:1], *pairs[-1:], "results.jsonl", "metrics.csv", "ledger.csv"],
     }
 
 
