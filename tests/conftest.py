@@ -27,7 +27,7 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-@pytest.fixture()
+@pytest.fixture
 def fit() -> Callable[..., Path]:
     """Train the tiny run; options as on the command line; returns the run folder."""
     from lightning_mem.cli import run
