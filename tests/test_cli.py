@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import TINY
 
 from lightning_mem import __version__
 from lightning_mem.__main__ import VERBS, main
 from lightning_mem.cli import MemorizationCLI
 from lightning_mem.cli import main as cli_main
 from lightning_mem.types import SampleSet
+
+TINY = Path(__file__).parent / "tiny.yaml"
 
 
 def test_help_and_version_need_no_heavy_import() -> None:

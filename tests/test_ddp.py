@@ -9,10 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import TINY
 
 from lightning_mem.records import TIME_FIELDS
 
+TINY = Path(__file__).parent / "tiny.yaml"
 TWO = ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
 
 

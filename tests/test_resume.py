@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_mem.callbacks import evaluation
 from lightning_mem.callbacks.run_folder import canonical_progress
 from lightning_mem.cli import run
 from lightning_mem.records import TIME_FIELDS
+
+TINY = Path(__file__).parent / "tiny.yaml"
 
 
 def equal(a: object, b: object, where: str = "") -> None:

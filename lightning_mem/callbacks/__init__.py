@@ -1,5 +1,6 @@
 """Callbacks and loggers: evaluation during training, pictures, the run folder."""
 
+from lightning_mem.callbacks.averaging import EMA
 from lightning_mem.callbacks.curves import Curves, draw_curves
 from lightning_mem.callbacks.evaluation import Measure, Measurement, Reference, SampleEvaluation, Workers, draw_samples
 from lightning_mem.callbacks.gallery import Gallery

@@ -18,10 +18,13 @@ COLORS = ("#c1272d", "#0b63a5", "#2e7d32", "#8e5ea2", "#b8860b")
 def _draw(axes: Axes, records: Sequence[Record], name: str, label: str, color: str, style: str = "-") -> None:
     rows = [record for record in curve(records, name) if record.value is not None]
     steps = [record.step for record in rows]
-    axes.plot(steps, [record.value for record in rows], style, color=color, label=label, marker="o", markersize=3)
-    ends = [(record.low, record.high) for record in rows]
-    if rows and all(low is not None and high is not None for low, high in ends):
-        axes.fill_between(steps, [low for low, _ in ends], [high for _, high in ends], color=color, alpha=0.15, lw=0)
+    axes.plot(
+        steps, [record.value or 0.0 for record in rows], style, color=color, label=label, marker="o", markersize=3
+    )
+    low = [record.low for record in rows if record.low is not None]
+    high = [record.high for record in rows if record.high is not None]
+    if len(low) == len(high) == len(rows):
+        axes.fill_between(steps, low, high, color=color, alpha=0.15, lw=0)
 
 
 def draw_curves(runs: Mapping[str, Sequence[Record]], path: Path, title: str = "") -> None:

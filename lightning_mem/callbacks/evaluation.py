@@ -514,6 +514,7 @@ class SampleEvaluation(Callback):
         self._measure: Measure | None = None
         self._seconds = 0.0
         self._train_start = 0.0
+        self._values: dict[str, float] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Build extractors now: a missing weight file should stop the run before it trains."""
@@ -555,8 +556,18 @@ class SampleEvaluation(Callback):
 
         return Workers(trainer.global_rank, trainer.world_size, gather, pause, trainer.strategy.root_device)
 
+    def state_dict(self) -> dict[str, Any]:
+        """The last values: a resumed run's callbacks monitor them until the next evaluation."""
+        return {"values": self._values}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the last values."""
+        self._values = dict(state_dict["values"])
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print what one evaluation costs."""
+        known = {name: torch.tensor(value) for name, value in self._values.items()}
+        trainer.callback_metrics.update({k: v for k, v in known.items() if k not in trainer.callback_metrics})
         self._train_start, self._seconds = time.monotonic(), 0.0
         every = trainer.val_check_batch
         calls = self.num_samples * self.num_steps * (2 if self.sampler == "heun" else 1)
@@ -619,6 +630,7 @@ class SampleEvaluation(Callback):
                 averaging._swap_models(pl_module)
         seconds = time.monotonic() - start
         self._seconds += seconds
+        self._values = dict(values)
         values["time/evaluation_seconds"] = seconds
         if fitting:
             values["time/evaluation_share"] = self._seconds / max(time.monotonic() - self._train_start, 1e-9)

@@ -168,7 +168,8 @@ class RunFolder(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Every logged row carries the number of optimizer steps done, the same for all loggers."""
-        pl_module.log("step", float(trainer.global_step), on_step=True, on_epoch=False)
+        if trainer._logger_connector.should_update_logs:
+            pl_module.log("step", float(trainer.global_step), on_step=True, on_epoch=False)
         fetcher = trainer.fit_loop._data_fetcher
         self._pending_validation = fetcher is not None and trainer.fit_loop.epoch_loop._should_check_val_fx(fetcher)
 

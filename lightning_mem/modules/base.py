@@ -76,7 +76,11 @@ class AbstractModule(LightningModule, ABC):
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Seed the global generator for this step: dropout draws from it."""
-        torch.manual_seed(derive_seed(self.seed, "train", self._batches_done, self.global_rank))
+        seed = derive_seed(self.seed, "train", self._batches_done, self.global_rank)
+        # torch.manual_seed visits every kind of accelerator there is, at each step
+        torch.default_generator.manual_seed(seed)
+        if self.device.type == "cuda":
+            torch.cuda.manual_seed(seed)
 
     def training_generator(self) -> torch.Generator:
         """The generator of this step's noise on the training device, the same on every process."""

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import EMAWeightAveraging
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 
-from lightning_mem.callbacks import Measure, Reference, SampleEvaluation, Workers, draw_samples
+from lightning_mem.callbacks import EMA, Measure, Reference, SampleEvaluation, Workers, draw_samples
 from lightning_mem.data import MemorizationDataModule
 from lightning_mem.diffusion import DiffusionProcess, EmpiricalDenoiser, Target
 from lightning_mem.metrics import wilson_interval
@@ -186,3 +186,53 @@ def test_one_training_image_has_no_ratio(data) -> None:
     same = data.members.images[:1].expand(5, -1, -1, -1)
     with pytest.raises(ValueError, match="two different training images, got 1"):
         Measure(Reference.from_images(same, data.heldout.images))(planted(data, 3, 30))
+
+
+def test_fused_average_is_the_average() -> None:
+    torch.manual_seed(0)
+    module = torch.nn.Linear(3, 2)
+    fused, plain = EMA(decay=0.9), EMAWeightAveraging(decay=0.9)
+    averages = [torch.optim.swa_utils.AveragedModel(module, **callback._kwargs) for callback in (fused, plain)]
+    for _ in range(5):
+        module.weight.data.add_(torch.randn(2, 3))
+        for average in averages:
+            average.update_parameters(module)
+    one, other = (average.module.weight for average in averages)
+    assert torch.allclose(one, other, rtol=0, atol=1e-6)
+    assert not torch.allclose(one, module.weight)
+    with pytest.raises(ValueError, match="decay must lie in"):
+        EMA(decay=1.0)
+
+
+def test_a_resumed_run_still_knows_the_number_it_keeps_the_best_of(data) -> None:
+    def callbacks() -> list:
+        best = ModelCheckpoint(monitor="frechet/pixels/heldout", filename="best", enable_version_counter=False)
+        return [SampleEvaluation(num_samples=10, num_steps=1, log_spaced=2), best]
+
+    train(data, "run", callbacks(), steps=16)  # measured at steps 2 and 16 only
+    stopped = MemorizationTrainer(
+        default_root_dir="part", accelerator="cpu", max_steps=16, val_check_interval=2, check_val_every_n_epoch=None,
+        callbacks=[*callbacks(), Stop(6)], enable_progress_bar=False, enable_model_summary=False, log_every_n_steps=1,
+    )  # fmt: skip
+    network = UNetConfig(block_out_channels=(8,), norm_num_groups=4, mid_attention=False)
+    torch.manual_seed(0)
+    stopped.fit(DenoiserModule(network=network, seed=0), datamodule=data)
+    assert stopped.global_step == 6
+    again = MemorizationTrainer(
+        default_root_dir="part", accelerator="cpu", max_steps=16, val_check_interval=2, check_val_every_n_epoch=None,
+        callbacks=callbacks(), enable_progress_bar=False, enable_model_summary=False, log_every_n_steps=1,
+    )  # fmt: skip
+    again.fit(DenoiserModule(network=network, seed=0), datamodule=data, ckpt_path="last")
+    one, two = read_records("run/results.jsonl"), read_records("part/results.jsonl")
+    assert [(r.name, r.step, r.value) for r in one] == [(r.name, r.step, r.value) for r in two]
+
+
+class Stop(Callback):
+    """Ends training after a step, as early stopping does."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_end(self, trainer, *args) -> None:
+        if trainer.global_step == self.step:
+            trainer.should_stop = True

@@ -1,0 +1,225 @@
+"""Every shipped configuration parses through the real command line, and every run of them trains."""
+
+import contextlib
+import csv
+import functools
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from PIL import Image
+
+from lightning_mem.cli import MemorizationCLI, run
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+OVERLAYS = sorted((CONFIGS / "overlays").glob("*.yaml"))
+RUNS = sorted(set(CONFIGS.glob("*/*.yaml")) - set(OVERLAYS))
+DIGITS = CONFIGS / "digits" / "denoiser.yaml"
+DEBUG = CONFIGS / "overlays" / "debug.yaml"
+STOP = CONFIGS / "overlays" / "stop_before_memorizing.yaml"
+EVALUATION, BEST = "lightning_mem.callbacks.SampleEvaluation", "lightning.pytorch.callbacks.ModelCheckpoint"
+
+QUIET = ["--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"]
+QUIET += ["--trainer.enable_model_summary", "false"]
+SMALL = ["--model.init_args.network.block_out_channels", "[8,8]", "--model.init_args.network.norm_num_groups", "4"]
+SMALL += ["--model.init_args.network.attention_levels", "[1]", "--model.init_args.network.attention_head_dim", "8"]
+SHRUNK = ["--data.image_size", "16"]
+FEW = ["--data.num_members", "8", "--data.num_heldout", "6", "--data.batch_size", "4"]
+FEW += ["--data.steps_per_epoch", "10"]
+
+
+def name(path: Path) -> str:
+    return path.relative_to(CONFIGS).with_suffix("").as_posix()
+
+
+@functools.cache
+def parsed(*files: Path, options: tuple[str, ...] = ()) -> dict:
+    """What the command line makes of these files, all defaults filled in."""
+    given = [part for file in files for part in ("--config", str(file))]
+    with contextlib.redirect_stdout(io.StringIO()) as out, pytest.raises(SystemExit) as stop:
+        run(["fit", *given, *options, "--print_config"])
+    assert stop.value.code == 0
+    return yaml.safe_load(out.getvalue())
+
+
+def classes(config: dict) -> list[str]:
+    return [callback["class_path"].rsplit(".", 1)[-1] for callback in config["trainer"]["callbacks"]]
+
+
+def write_images(folder: Path, count: int, size: tuple[int, int]) -> list[str]:
+    """Different colour images as files."""
+    rng = np.random.default_rng(0)
+    folder.mkdir(parents=True)
+    names = [f"{i:06d}.png" for i in range(count)]
+    for file in names:
+        Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)).save(folder / file)
+    return names
+
+
+def cifar10(root: Path) -> list[str]:
+    """The binary version: per record one label, then 3072 pixels."""
+    folder, rng = root / "cifar-10-batches-bin", np.random.default_rng(0)
+    folder.mkdir()
+    for file in [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]:
+        records = rng.integers(0, 256, (3, 3073), dtype=np.uint8)
+        records[:, 0] %= 10
+        (folder / f"{file}.bin").write_bytes(records.tobytes())
+    return ["--data.source.init_args.root", str(root)]
+
+
+def celeba(root: Path) -> list[str]:
+    """Images of 178 x 218 and the partition; one in five is not of the training split."""
+    files = write_images(root / "celeba" / "img_align_celeba", 20, (178, 218))
+    lines = [f"{file} {int(i % 5 == 4)}\n" for i, file in enumerate(files)]
+    (root / "celeba" / "list_eval_partition.txt").write_text("".join(lines))
+    return ["--data.source.init_args.root", str(root)]
+
+
+def folder(root: Path) -> list[str]:
+    write_images(root / "mine", 16, (70, 66))
+    return ["--data.source.init_args.path", str(root / "mine")]
+
+
+def pipeline(root: Path) -> list[str]:
+    """A tiny pipeline of another schedule, as an author would have saved it."""
+    torch.manual_seed(0)
+    unet = UNet2DModel(
+        sample_size=16,
+        block_out_channels=(8, 8),
+        down_block_types=("DownBlock2D",) * 2,
+        up_block_types=("UpBlock2D",) * 2,
+        layers_per_block=1,
+        norm_num_groups=4,
+    )
+    scheduler = DDPMScheduler(num_train_timesteps=100)
+    DDPMPipeline(unet, scheduler).save_pretrained(str(root / "theirs"), safe_serialization=True)
+    return ["--model.init_args.pretrained", str(root / "theirs")]
+
+
+MATERIAL = {
+    "digits/denoiser": lambda root: SMALL,
+    "cifar10/denoiser": lambda root: [*SMALL, *SHRUNK, *cifar10(root)],
+    "celeba/denoiser": lambda root: [*SMALL, *SHRUNK, *celeba(root)],
+    "folder/denoiser": lambda root: [*SMALL, *SHRUNK, *folder(root)],
+    "folder/finetune": lambda root: [*SHRUNK, *folder(root), *pipeline(root)],
+}
+"""Tiny data in the true format, written into a folder, and the options that point there and shrink the network."""
+
+
+@pytest.mark.parametrize("file", RUNS, ids=name)
+def test_a_run_parses_says_what_it_answers_and_names_its_folder(file: Path) -> None:
+    text = file.read_text()
+    assert text.startswith("# ")
+    assert "?" in text.splitlines()[0]
+    config, written = parsed(file), yaml.safe_load(text)
+    assert config["weights_only"] is True
+    assert config["ckpt_path"] is None
+    assert {"weights_only", "ckpt_path"} <= written.keys()
+    assert Path(written["trainer"]["default_root_dir"]).parent == Path("runs")
+    assert written["trainer"]["logger"]["init_args"]["offline"] is True
+    assert classes(config) == ["EMA", "SampleEvaluation", "Gallery", "ModelCheckpoint"]
+    by_class = dict(zip(classes(config), config["trainer"]["callbacks"], strict=True))
+    best, evaluation = (by_class[k]["init_args"] for k in ("ModelCheckpoint", "SampleEvaluation"))
+    assert (best["monitor"], best["mode"]) == (f"frechet/{evaluation['extractors'][0]}/heldout", "min")
+    assert config["data"]["num_heldout"] > 0
+
+
+def test_run_folders_are_told_apart() -> None:
+    folders = [yaml.safe_load(file.read_text())["trainer"]["default_root_dir"] for file in RUNS]
+    assert len(set(folders)) == len(folders)
+
+
+def changed(old: object, new: object, where: str = "") -> set[str]:
+    """Keys whose value differs; lists are compared as a whole."""
+    if isinstance(old, dict) and isinstance(new, dict) and old.keys() == new.keys():
+        return {key for k in old for key in changed(old[k], new[k], f"{where}.{k}".lstrip("."))}
+    return set() if old == new else {where}
+
+
+CHANGES = {
+    "ddp": {"trainer.devices", "trainer.strategy"},
+    "gpu": {"model.init_args.compile", "model.init_args.channels_last", "trainer.accelerator", "trainer.precision"},
+    "wandb": {"trainer.logger.init_args.offline"},
+    "stop_before_memorizing": {"trainer.callbacks"},
+    "debug": {
+        "data.batch_size",
+        *(f"trainer.{k}" for k in ("default_root_dir", "max_steps", "val_check_interval", "limit_val_batches")),
+        *(f"trainer.{k}" for k in ("log_every_n_steps", "logger", "callbacks")),
+    },
+}
+
+
+@pytest.mark.parametrize("file", OVERLAYS, ids=name)
+def test_an_overlay_changes_what_it_says_and_nothing_else(file: Path) -> None:
+    plain, laid = parsed(DIGITS), parsed(DIGITS, file)
+    assert changed(plain, laid) == CHANGES[file.stem]
+    assert file.read_text().startswith("# ")
+
+
+def test_the_stopping_overlay_keeps_the_callbacks_of_the_run() -> None:
+    plain, laid = (parsed(*files)["trainer"]["callbacks"] for files in ([DIGITS], [DIGITS, STOP]))
+    assert laid[:-1] == plain
+    assert laid[-1]["class_path"].endswith("EarlyStopping")
+
+
+@pytest.mark.parametrize("file", RUNS, ids=name)
+def test_every_run_trains_under_the_debug_overlay(file: Path, tmp_path: Path) -> None:
+    options = MATERIAL[name(file)](tmp_path)
+    command = run(["fit", "--config", str(file), "--config", str(DEBUG), *QUIET, *FEW, *options])
+    assert command.trainer.global_step == 4
+    folder = Path("runs/debug")
+    rows = list(csv.DictReader((folder / "metrics.csv").read_text().splitlines()))
+    assert [row["step"] for row in rows if row["memorization/ratio"]] == ["2", "4"]
+    assert (folder / "checkpoints" / "best.ckpt").is_file()
+    assert (folder / "images" / "pairs_step000004.png").is_file()
+    assert json.loads((folder / "summary.json").read_text())["step"] == 4
+
+
+def callbacks(**evaluation: object) -> list[str]:
+    """The run's list, replaced by cheap ones; before a second --config, so that an overlay can append to it."""
+    chosen = [
+        {"class_path": EVALUATION, "init_args": {"num_samples": 64, "num_steps": 2, **evaluation}},
+        {"class_path": BEST, "init_args": {"filename": "best", "monitor": "frechet/pixels/heldout"}},
+    ]
+    return ["--trainer.callbacks", json.dumps(chosen)]
+
+
+def train_digits(folder: str, *options: str, **evaluation: object) -> MemorizationCLI:
+    shrunk = [*QUIET, *SMALL, *FEW, "--trainer.logger", "true", "--trainer.default_root_dir", folder]
+    shrunk += ["--trainer.max_steps", "4", "--trainer.val_check_interval", "1"]
+    return run(["fit", "--config", str(DIGITS), *callbacks(**evaluation), *options, *shrunk])
+
+
+# at threshold 0.999 nearly every sample is nearer to one of eight digits than to the next: copies from the first step
+def test_the_stopping_overlay_stops_and_without_it_nothing_does() -> None:
+    stopped = train_digits("with", "--config", str(STOP), threshold=0.999)
+    ratio = stopped.trainer.callback_metrics["memorization/ratio_low"]
+    assert ratio > 0.05
+    assert stopped.trainer.global_step == 1
+    assert stopped.trainer.early_stopping_callback.stopping_reason_message.startswith("Stopping threshold reached")
+    assert Path("with/checkpoints/best.ckpt").is_file()
+    assert Path("with/summary.json").is_file()
+    assert train_digits("without", threshold=0.999).trainer.global_step == 4
+
+
+def test_the_stopping_overlay_does_not_stop_a_run_that_copies_nothing() -> None:
+    command = train_digits("run", "--config", str(STOP), threshold=0.01)
+    assert command.trainer.callback_metrics["memorization/ratio_low"] == 0
+    assert command.trainer.global_step == 4
+
+
+def test_the_stopping_overlay_bears_validations_that_are_not_measured() -> None:
+    command = train_digits("run", "--config", str(STOP), threshold=0.01, log_spaced=2)
+    assert command.trainer.global_step == 4
+
+
+def test_an_option_behind_the_files_reaches_the_last_callback() -> None:
+    option = "--trainer.callbacks.init_args.stopping_threshold"
+    found = parsed(DIGITS, STOP, options=(option, "0.2"))["trainer"]["callbacks"]
+    assert found[:-1] == parsed(DIGITS)["trainer"]["callbacks"]
+    assert found[-1]["init_args"]["stopping_threshold"] == 0.2
