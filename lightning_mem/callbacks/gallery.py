@@ -67,24 +67,32 @@ def draw_pairs(
     path: Path,
     columns: int = 8,
 ) -> None:
-    """Write a PNG of sample | nearest training image | distance and ratio; copies are framed."""
-    rows = -(-len(places) // columns)
-    figure = Figure(figsize=(1.55 * columns, 1.25 * rows + 0.4), dpi=110, layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False)
+    """Write a PNG of sample | nearest training image | distance and ratio; copies in red."""
     scale = math.sqrt(samples.images[0].numel())
-    for axis in axes.flat:
-        axis.set_axis_off()
-    for axis, place in zip(axes.flat, places.tolist(), strict=False):
-        nearest = reference.members[measurement.nearest[place]]
-        pair = tile(torch.stack([samples.images[place], nearest]), columns=2)
-        axis.imshow(_pixels(pair), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+    height, width = samples.images.shape[2:]
+    pairs = [tile(torch.stack([samples.images[p], reference.members[measurement.nearest[p]]]), 2) for p in places]
+    margin = torch.nn.ConstantPad2d((width // 4, width // 4, height // 2, height // 8), 255)
+    cells = torch.stack([margin(pair) for pair in pairs])
+    rows, cell_height, cell_width = -(-len(cells) // columns), cells.shape[2], cells.shape[3]
+    # one picture with text on it: an axis for each pair takes ten times as long to lay out
+    figure = Figure(
+        figsize=(1.55 * columns, 1.55 * columns * rows * cell_height / (columns * cell_width) + 0.35), dpi=110
+    )
+    axes = figure.add_axes((0, 0, 1, 1 - 0.3 / figure.get_figheight()))
+    axes.imshow(_pixels(tile(cells, columns, gap=0)), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+    axes.set_axis_off()
+    for number, place in enumerate(places.tolist()):
         first, second = measurement.distances[place, :2].tolist()
         copied = bool(measurement.memorized[place])
-        axis.set_title(
+        axes.text(
+            (number % columns + 0.5) * cell_width - 0.5,
+            number // columns * cell_height + height // 2 - 0.7,
             f"{first / scale:.3f}  ratio {first / second:.2f}",
             fontsize=7,
             color="crimson" if copied else "black",
             fontweight="bold" if copied else "normal",
+            ha="center",
+            va="bottom",
         )
     figure.suptitle(title, fontsize=10)
     path.parent.mkdir(parents=True, exist_ok=True)
