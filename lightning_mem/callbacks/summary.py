@@ -45,12 +45,15 @@ def onset(records: Sequence[Record]) -> int | None:
     return None
 
 
-def summarize(folder: str | Path, best_checkpoint: str | None = None) -> dict[str, Any]:
+def summarize(
+    folder: str | Path, best_checkpoint: str | None = None, evaluation_share: float | None = None
+) -> dict[str, Any]:
     """The summary of a run folder.
 
     Args:
         folder: Run folder with ``results.jsonl``.
         best_checkpoint: Path of the best checkpoint, if one was kept.
+        evaluation_share: Share of the training time that evaluations took, in [0, 1].
     """
     folder = Path(folder)
     records = read_records(folder / "results.jsonl")
@@ -81,6 +84,7 @@ def summarize(folder: str | Path, best_checkpoint: str | None = None) -> dict[st
         "onset_step": onset(records),
         "frechet": {name: last(name) for name in names if name.startswith("frechet/")},
         "best_checkpoint": best_checkpoint,
+        "evaluation_share": evaluation_share,
         "most_copied": [
             {"index": int(row["index"]), "copies": int(row["copies"]), "nearest": float(row["nearest"])}
             for row in copied
@@ -106,7 +110,12 @@ class RunSummary(Callback):
             return
         kept = [c.best_model_path for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
         best = next((str(Path(path).name) for path in kept if path), None)
-        summary = summarize(folder, None if best is None else f"checkpoints/{best}")
+        share = trainer.callback_metrics.get("time/evaluation_share")
+        summary = summarize(
+            folder,
+            None if best is None else f"checkpoints/{best}",
+            None if share is None else round(float(share), 4),
+        )
         with atomic_write(folder / "summary.json") as file:
             json.dump(summary, file, indent=1)
         for logger in trainer.loggers:
@@ -124,6 +133,8 @@ def summary_table(summary: dict[str, Any], folder: Path) -> Table:
     for name, entry in summary["frechet"].items():
         table.add_row(f"{name}", _shown(entry))
     table.add_row("best checkpoint", summary["best_checkpoint"] or "none")
+    if summary["evaluation_share"] is not None:
+        table.add_row("time spent on evaluations", f"{summary['evaluation_share']:.0%}")
     copied = ", ".join(f"#{row['index']} x{row['copies']}" for row in summary["most_copied"])
     table.add_row("most copied images", copied or "none")
     table.add_row("open", "\n".join(str(folder / name) for name in summary["open"]))

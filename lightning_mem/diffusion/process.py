@@ -159,13 +159,18 @@ class DiffusionProcess:
 
     def alpha_bar_at(self, t: Tensor, like: Tensor) -> Tensor:
         """alpha_bar of timesteps t int64 [B], shaped to multiply rows of ``like``."""
-        if t.device not in self._tables:
-            self._tables[t.device] = self.alpha_bar.to(t.device)
-        return _per_row(self._tables[t.device][t], like)
+        return _per_row(self._table(t.device)[t], like)
+
+    def _table(self, device: torch.device) -> Tensor:
+        """alpha_bar on a device, copied there once; MPS has no float64."""
+        if device not in self._tables:
+            table = self.alpha_bar.float() if device.type == "mps" else self.alpha_bar
+            self._tables[device] = table.to(device)
+        return self._tables[device]
 
     def snr(self, t: Tensor) -> Tensor:
         """Signal-to-noise ratio alpha_bar / (1 - alpha_bar) of t int64 [B], float64 [B]."""
-        alpha_bar = self.alpha_bar.to(t.device)[t]
+        alpha_bar = self._table(t.device)[t]
         return alpha_bar / (1 - alpha_bar)
 
     def add_noise(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
