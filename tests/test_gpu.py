@@ -1,4 +1,4 @@
-"""What needs a CUDA device: the same numbers as on the CPU up to rounding, reduced precision, compilation, exact resume."""
+"""What needs a CUDA device: numbers as on the CPU up to rounding, reduced precision, compilation, resume."""
 
 from pathlib import Path
 
