@@ -6,19 +6,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar, TQDMProgressBar, WeightAveraging
 from lightning.pytorch.plugins import CheckpointIO
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
-from torch import Tensor
 
 from lightning_mem.callbacks import Curves, Ledger, MetricsCSV, RunFolder, RunSummary, WandbTracking
-from lightning_mem.callbacks.evaluation import draw_labels
+from lightning_mem.callbacks.drawing import Blocks, BlockWriter, Drawer
 from lightning_mem.callbacks.run_folder import AtomicCheckpointIO, ResumableFitLoop, holds_a_run
 from lightning_mem.data.datamodule import BLOCK
-from lightning_mem.diffusion import Sampler, Target, sample
-from lightning_mem.modules import AbstractModule, DenoiserModule, load_target, read_checkpoint
+from lightning_mem.diffusion import Sampler
+from lightning_mem.modules import AbstractModule, load_target, read_checkpoint
 from lightning_mem.types import SampleSet, Weights
 
 
@@ -234,21 +232,16 @@ class MemorizationTrainer(Trainer):
         if num_samples < 1 or first < 0:
             raise ValueError(f"num_samples must be at least 1 and first at least 0, got {num_samples} and {first}")
         path = self._trained(model, ckpt_path)
-        if path is not None:
-            target = load_target(path, weights)
-        elif isinstance(model, DenoiserModule):
-            target = model.target()
-        else:
-            raise ValueError(f"{type(model).__name__} cannot be sampled; legal is DenoiserModule")
+        target = load_target(path or str(getattr(model, "pretrained", None)), weights)
         settings = {
             "sampler": sampler, "num_steps": num_steps, "eta": eta, "block": BLOCK, "sample_seed": sample_seed,
             "target": target.digest,
         }  # fmt: skip
         name = f"{Path(path).stem if path else 'pretrained'}_{target.weights}_seed{sample_seed}_{first}-{num_samples}"
         file = Path(out.removesuffix(".npz") + ".npz") if out else self.folder / "samples" / f"{name}.npz"
-        blocks = _Blocks(file.with_suffix(".blocks"), first, num_samples, settings)
-        drawer = _Drawer(target, settings)
-        writer = _BlockWriter(blocks)
+        blocks = Blocks(file.with_suffix(".blocks"), first, num_samples, settings)
+        drawer = Drawer(target, settings)
+        writer = BlockWriter(blocks)
         with self._without_averaging():
             self.callbacks.append(writer)
             super().predict(drawer, dataloaders=blocks, return_predictions=False)
@@ -261,41 +254,7 @@ class MemorizationTrainer(Trainer):
         rank_zero_info(f"{len(samples)} samples ({samples.weights}, digest {samples.digest}) in {file}")
         return samples
 
-    def predict(  # type: ignore[override]
-        self,
-        model: AbstractModule,
-        datamodule: LightningDataModule | None = None,
-        ckpt_path: str | None = None,
-        weights_only: bool | None = True,
-        num_samples: int = 512,
-        first: int = 0,
-        num_steps: int = 50,
-        sampler: Sampler = "ddim",
-        eta: float = 0.0,
-        sample_seed: int = 0,
-        weights: Weights = "ema",
-        out: str | None = None,
-    ) -> SampleSet | None:
-        """The same as ``sample``.
-
-        Args:
-            model: The trained module; its network comes from the checkpoint.
-            datamodule: Not used; verbs share their configuration.
-            ckpt_path: ``last``, ``best`` or a path; null takes the run's last.
-            weights_only: Read checkpoints so that they cannot run code.
-            num_samples: How many.
-            first: Address of the first sample.
-            num_steps: Sampler steps.
-            sampler: ``ddim``, ``ddpm``, ``dpm++``, ``heun`` or ``euler``.
-            eta: DDIM's share of fresh noise, 0 to 1.
-            sample_seed: Seed of the draw.
-            weights: ``ema`` or ``raw``.
-            out: Where to write; null for ``samples/`` in the run folder.
-        """
-        return self.sample(
-            model, datamodule, ckpt_path, weights_only, num_samples, first, num_steps, sampler, eta, sample_seed,
-            weights, out,
-        )  # fmt: skip
+    predict = sample  # type: ignore[assignment]
 
 
 class RunProgressBar(TQDMProgressBar):
@@ -306,106 +265,3 @@ class RunProgressBar(TQDMProgressBar):
         found = super().get_metrics(trainer, pl_module)
         found.pop("v_num", None)
         return found
-
-
-class _Blocks:
-    """The addresses of a draw in blocks; what is on disk already is not drawn again."""
-
-    def __init__(self, folder: Path, first: int, count: int, settings: dict[str, Any]) -> None:
-        self.folder, self.settings = folder, settings
-        self.blocks = torch.arange(first, first + count).split(BLOCK)
-        self.missing = [number for number in range(len(self.blocks)) if not self._is_done(number)]
-        if len(self.missing) < len(self.blocks):
-            rank_zero_info(f"{len(self.blocks) - len(self.missing)} of {len(self.blocks)} blocks are there: continuing")
-        self.rank, self.world_size = 0, 1
-
-    def file(self, number: int) -> Path:
-        """Where a block is written."""
-        return self.folder / f"{number:08d}.npz"
-
-    def _is_done(self, number: int) -> bool:
-        if not self.file(number).exists():
-            return False
-        found = SampleSet.load(self.file(number))
-        if found.settings != self.settings:
-            raise ValueError(
-                f"{self.folder} holds blocks of another draw ({found.settings}), this one is {self.settings}: "
-                "remove it or choose another --out"
-            )
-        return torch.equal(found.addresses, self.blocks[number])
-
-    def own(self) -> list[int]:
-        """Numbers of the missing blocks that fall to this process."""
-        return self.missing[self.rank :: self.world_size]
-
-    def __len__(self) -> int:
-        return len(self.own())
-
-    def __iter__(self) -> Iterator[Tensor]:
-        return (self.blocks[number] for number in self.own())
-
-    def assemble(self) -> SampleSet:
-        """All blocks as one set, in order of addresses."""
-        parts = [SampleSet.load(self.file(number)) for number in range(len(self.blocks))]
-        labels = [part.labels for part in parts if part.labels is not None]
-        return SampleSet(
-            torch.cat([part.images for part in parts]),
-            torch.cat([part.addresses for part in parts]),
-            torch.cat(labels) if labels else None,
-            parts[0].weights,
-            self.settings,
-        )
-
-    def remove(self) -> None:
-        """The blocks are in the assembled file."""
-        for file in self.folder.iterdir():
-            file.unlink()
-        self.folder.rmdir()
-
-
-class _Drawer(LightningModule):
-    """Draws blocks of addresses inside Lightning's predict loop: its devices, processes, precision and bar."""
-
-    def __init__(self, target: Target, settings: dict[str, Any]) -> None:
-        super().__init__()
-        self.network = getattr(target.denoiser, "module", None)  # registered, so that the strategy moves it
-        self._target, self._settings = target, settings
-
-    def predict_step(self, addresses: Tensor) -> SampleSet:
-        """The samples of these addresses."""
-        self._target.device = self.device
-        addresses, settings, target = addresses.cpu(), self._settings, self._target
-        seed = settings["sample_seed"]
-        labels = None if target.num_classes is None else draw_labels(target.num_classes, addresses, seed)
-        images = sample(
-            target,
-            addresses,
-            seed=seed,
-            num_steps=settings["num_steps"],
-            sampler=settings["sampler"],
-            eta=settings["eta"],
-            condition=labels,
-            block=settings["block"],
-        )
-        return SampleSet(images, addresses, labels, target.weights, settings)
-
-
-class _BlockWriter(Callback):
-    def __init__(self, blocks: _Blocks) -> None:
-        self._blocks = blocks
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Learn which share is this process's."""
-        self._blocks.rank, self._blocks.world_size = trainer.global_rank, trainer.world_size
-
-    def on_predict_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: SampleSet,
-        batch: Tensor,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """One file per block: a stop loses at most one."""
-        outputs.save(self._blocks.file(int(batch[0] - self._blocks.blocks[0][0]) // BLOCK))

@@ -78,11 +78,11 @@ def test_every_verb_takes_the_saved_configuration(fit) -> None:
 
 
 def test_sampling_continues_where_it_stopped(fit, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lightning_mem import trainer
+    from lightning_mem.callbacks import drawing
 
     run = fit("run")
     options = ["--num_samples", "200", "--num_steps", "2"]
-    original, calls = trainer.sample, []
+    original, calls = drawing.sample, []
 
     def draw(*args, **kwargs):
         calls.append(1)
@@ -91,7 +91,7 @@ def test_sampling_continues_where_it_stopped(fit, monkeypatch: pytest.MonkeyPatc
         return original(*args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "sample", draw)
+        patch.setattr(drawing, "sample", draw)
         with pytest.raises(RuntimeError, match="power cut"):
             fit("run", *options, "--out", "part", verb="sample")
         fit("run", *options, "--out", "part", verb="sample")

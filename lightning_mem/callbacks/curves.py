@@ -7,7 +7,7 @@ from lightning.pytorch import Callback, Trainer
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lightning_mem.callbacks.evaluation import Measurement, Reference
+from lightning_mem.callbacks.measure import Measurement, Reference
 from lightning_mem.callbacks.summary import curve, onset
 from lightning_mem.records import Record, read_records
 from lightning_mem.types import SampleSet

@@ -11,7 +11,7 @@ from lightning.pytorch.loggers import WandbLogger
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from lightning_mem.callbacks.evaluation import Measurement, Reference
+from lightning_mem.callbacks.measure import Measurement, Reference
 from lightning_mem.types import SampleSet
 
 Upload = Literal["none", "samples", "pairs"]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lightning.pytorch import Callback, Trainer
 
-from lightning_mem.callbacks.evaluation import Measurement, Reference
+from lightning_mem.callbacks.measure import Measurement, Reference
 from lightning_mem.records import atomic_write
 from lightning_mem.types import SampleSet
 
