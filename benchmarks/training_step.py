@@ -47,6 +47,7 @@ from lightning_mem.types import to_float
 
 ROOT = Path(__file__).resolve().parent.parent
 DECAY, CLIP, MEMBERS = 0.995, 1.0, 1024
+TURNS = 10  # how often ours and the peer alternate within a pair
 ADAMW = {"lr": 1e-4, "betas": (0.95, 0.999), "weight_decay": 1e-6}
 """The example script's own optimizer, for both."""
 
@@ -208,35 +209,36 @@ class TakeTurns(Callback):
     """Times chunks of the Trainer's steps and lets the peer take its own between them.
 
     A timing of ours runs from one end of a batch to another, so it holds everything that Lightning does for a step.
+    Within a pair the two alternate every few steps: the machine's speed drifts over seconds, for both alike.
     """
 
     def __init__(self, peer: Peer, args: argparse.Namespace, warmup: int) -> None:
         self.peer, self.args, self.warmup = peer, args, warmup
+        self.turn = max(args.steps // TURNS, 1)
         self.ours: list[float] = []
         self.theirs: list[float] = []
         self._start = 0.0
 
-    def _time_peer(self) -> None:
-        start = clock(self.args.device)
-        self.peer.run(self.args.steps)
-        self.theirs.append(clock(self.args.device) - start)
-
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """After the warm-up, and after each chunk: our time, then the peer where it is its turn."""
+        """After the warm-up, and after each turn of ours: our time, then the peer's turn."""
         done = trainer.global_step - self.warmup
-        if done < 0 or done % self.args.steps:
+        if done < 0 or done % self.turn:
             return
+        now = clock(self.args.device)
         if done == 0:
             self.peer.run(self.warmup)
         else:
-            self.ours.append(clock(self.args.device) - self._start)
-            if len(self.ours) % 2:  # pairs 1, 3, 5 ...: ours first
-                self._time_peer()
-        if len(self.ours) < self.args.pairs and len(self.ours) % 2:  # pairs 2, 4, 6 ...: the peer first
-            self._time_peer()
+            self.ours.append(now - self._start)
+            self.peer.run(self.turn)
+            self.theirs.append(clock(self.args.device) - now)
         self._start = clock(self.args.device)
+
+    def pairs(self, times: list[float]) -> list[float]:
+        """Seconds of each pair: the sum of its turns."""
+        each = len(times) // self.args.pairs
+        return [sum(times[i * each : (i + 1) * each]) for i in range(self.args.pairs)]
 
 
 def trainer_of(folder: str, args: argparse.Namespace, max_steps: int, callbacks: list[Callback]) -> MemorizationTrainer:
@@ -293,7 +295,8 @@ def main(given: list[str] | None = None) -> Record:
         warnings.filterwarnings("ignore", ".*LeafSpec.*")
         warnings.filterwarnings("ignore", ".*does not have many workers.*")
         warnings.filterwarnings("ignore", ".*smaller than the logging interval.*")
-        total = args.warmup + args.pairs * args.steps
+        turn = max(args.steps // TURNS, 1)
+        total = args.warmup + args.pairs * (args.steps // turn) * turn
         module = module_of(args, total)
         channels, size, _ = module.shape
         data = MemorizationDataModule(
@@ -316,12 +319,15 @@ def main(given: list[str] | None = None) -> Record:
         "network_digest": digest(peer.accelerator.unwrap_model(peer.unet).config),
         "batch_size": args.batch_size,
         "steps_per_timing": args.steps,
+        "turns_per_pair": turns.args.steps // turns.turn,
         "precision": args.precision,
         "compile": args.compile,
         "channels_last": args.channels_last,
         "ema": DECAY,
     }
-    return report("time/training_step", turns.ours, turns.theirs, args.steps * args.batch_size, definition, args.out)
+    images = args.steps // turns.turn * turns.turn * args.batch_size
+    ours, theirs = turns.pairs(turns.ours), turns.pairs(turns.theirs)
+    return report("time/training_step", ours, theirs, images, definition, args.out)
 
 
 if __name__ == "__main__":

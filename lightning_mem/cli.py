@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 from lightning_mem.data import LabelRule, MemorizationDataModule, classes_of
 from lightning_mem.modules import AbstractModule
@@ -105,7 +105,7 @@ def main(args: list[str] | None = None) -> None:
         run(args)
     except SIGTERMException as stop:
         sys.exit(128 + int(getattr(stop, "signal", 15)))
-    except (ValueError, OSError, RuntimeError, ArithmeticError) as error:
+    except (ValueError, OSError, RuntimeError, ArithmeticError, MisconfigurationException) as error:
         if os.environ.get("LIGHTNING_MEM_TRACEBACK"):
             raise
         sys.exit(f"{type(error).__name__}: {error}\n(LIGHTNING_MEM_TRACEBACK=1 shows where)")

@@ -58,6 +58,8 @@ class MemorizationTrainer(Trainer):
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             plugins.append(AtomicCheckpointIO())
         kwargs["plugins"] = plugins
+        # every process logs the same number; reducing equal numbers would only round them
+        warnings.filterwarnings("ignore", message="It is recommended to use `self.log\\(.*sync_dist=True")
         super().__init__(**kwargs)
         self.fit_loop.__class__ = ResumableFitLoop
 

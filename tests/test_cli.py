@@ -185,6 +185,21 @@ def test_checkpoint_that_would_run_code_is_refused(fit) -> None:
     assert not Path("sprung").exists()
 
 
+def test_best_of_a_control_that_does_not_exist_is_refused(fit) -> None:
+    with pytest.raises(ValueError, match=r"ModelCheckpoint monitors frechet/pixels/heldout.*data.num_heldout"):
+        fit("run", "--data.num_heldout", "0")
+
+
+def test_without_heldout_images_a_run_says_so_and_trains(fit, tmp_path: Path) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text(TINY.read_text().replace("pixels/heldout", "pixels/train"))
+    with pytest.warns(UserWarning, match="no control"):
+        run = fit("run", "--data.num_heldout", "0", config=config)
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["memorization/ratio"]["n"] == 70
+    assert summary["memorization/ratio_heldout"]["value"] is None
+
+
 def test_validate_without_a_trained_network_is_refused(fit) -> None:
     with pytest.raises(ValueError, match="there is no trained network"):
         fit("empty", verb="validate")

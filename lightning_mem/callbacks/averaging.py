@@ -1,5 +1,9 @@
 """Lightning's exponential moving average of the weights, updated in one fused call instead of one per parameter."""
 
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
@@ -35,4 +39,28 @@ class EMA(EMAWeightAveraging):
             update_every_n_steps=update_every_n_steps,
             update_starting_at_step=update_starting_at_step,
         )
+        self._decay = decay
         self._kwargs = {"multi_avg_fn": get_ema_multi_avg_fn(decay)}
+        self._pairs: tuple[list[torch.Tensor], list[torch.Tensor]] | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Forget the parameters of an earlier run."""
+        self._pairs = None
+        super().setup(trainer, pl_module, stage)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Lightning's update, without walking through both modules at each step to find their parameters."""
+        average, step = self._average_model, trainer.global_step
+        if average is None or step <= self._latest_update_step or not self.should_update(step_idx=step - 1):
+            return
+        if self._pairs is None:
+            average.update_parameters(pl_module)  # the first copies, and what is restored is found in place
+            if not any(True for _ in pl_module.buffers()):
+                self._pairs = (list(average.module.parameters()), list(pl_module.parameters()))
+        else:
+            with torch.no_grad():
+                torch._foreach_lerp_(*self._pairs, 1 - self._decay)
+                average.n_averaged += 1
+        self._latest_update_step = step

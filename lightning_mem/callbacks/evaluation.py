@@ -139,10 +139,21 @@ class SampleEvaluation(Callback):
         if self._measure is None:
             reference = self._reference(trainer)
             if len(reference.heldout) == 0:
+                self._refuse_monitors_of_the_control(trainer)
                 rank_zero_warn("no held-out images: the memorization ratio has no control in this run")
             self._measure = Measure(
                 reference, self.extractors, self.extractor_weights, self.threshold, self._workers(trainer)
             )
+
+    @staticmethod
+    def _refuse_monitors_of_the_control(trainer: Trainer) -> None:
+        for callback in trainer.callbacks:
+            monitor = getattr(callback, "monitor", None)
+            if isinstance(monitor, str) and monitor.endswith("heldout"):
+                raise ValueError(
+                    f"{type(callback).__name__} monitors {monitor}, which does not exist without held-out images: set "
+                    "data.num_heldout, or monitor another key (frechet/<extractor>/train, val/loss_members)"
+                )
 
     def _reference(self, trainer: Trainer) -> Reference:
         data = getattr(trainer, "datamodule", None)

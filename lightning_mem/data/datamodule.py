@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from lightning_mem.data.batches import EvaluationBlocks, TrainBatches
@@ -141,8 +141,6 @@ class MemorizationDataModule(LightningDataModule):
         )
         if passed_over:
             rank_zero_info(f"{passed_over} images equal a member pixel for pixel and cannot be held out: passed over")
-        if len(heldout) == 0:
-            rank_zero_warn("no held-out images: memorization numbers of this run have no control (data.num_heldout)")
         if self.duplicates.count > len(members):
             raise ValueError(f"duplicates.count is {self.duplicates.count}, but there are {len(members)} members")
         classes_of(

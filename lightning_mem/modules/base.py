@@ -91,6 +91,11 @@ class AbstractModule(LightningModule, ABC):
         share = len(global_rows) // self.trainer.world_size
         return global_rows[self.global_rank * share : (self.global_rank + 1) * share]
 
+    @property
+    def is_shown(self) -> bool:
+        """Whether anyone reads this step's loss: a progress bar, or a logger at its interval. Logging is not free."""
+        return self.trainer.progress_bar_callback is not None or self.trainer._logger_connector.should_update_logs
+
     def watch_loss(self, loss: Tensor) -> None:
         """Remember on the device when the loss first stopped being finite; asking the device waits for it."""
         if self._first_bad_step is None:

@@ -181,7 +181,8 @@ class DenoiserModule(AbstractModule):
         labels = batch["label"] if self.num_classes is not None else None
         loss = self._loss(x0, self.own_rows(eps), self.own_rows(t), labels).mean()
         self.watch_loss(loss)
-        self.log("train/loss", loss, prog_bar=True, sync_dist=self.trainer.world_size > 1)
+        if self.is_shown:
+            self.log("train/loss", loss, prog_bar=True, sync_dist=self.trainer.world_size > 1)
         return loss
 
     def on_validation_epoch_start(self) -> None:
