@@ -8,6 +8,7 @@ The pipeline returns arrays, not PIL images, and shows no bar: it is not slowed 
     OMP_NUM_THREADS=1 python benchmarks/sampling.py
 """
 
+import statistics
 from collections.abc import Callable
 
 import torch
@@ -29,7 +30,7 @@ def main(given: list[str] | None = None) -> Record:
         given: Command line; null takes the process's own.
     """
     parser = options("Our sampler against diffusers' DDIMPipeline.", 50, "sampler steps")
-    parser.add_argument("--num_samples", type=int, default=128, help="images of one timing; a multiple of batch_size")
+    parser.add_argument("--num_samples", type=int, default=512, help="images of one pair; a multiple of batch_size")
     parser.add_argument("--out", default=str(ROOT / "benchmarks" / "results" / "sampling.jsonl"))
     args = parser.parse_args(given)
     check(args)
@@ -48,37 +49,37 @@ def main(given: list[str] | None = None) -> Record:
     addresses = torch.arange(args.num_samples)
     precision = torch.autocast(args.device, torch.bfloat16, enabled=args.precision == "bf16-mixed")
 
-    def ours() -> Tensor:
-        return sample(target, addresses, seed=0, num_steps=args.steps, block=args.batch_size)
+    def ours(rows: Tensor) -> Tensor:
+        return sample(target, rows, seed=0, num_steps=args.steps, block=args.batch_size)
 
-    def peer() -> Tensor:
-        parts = []
-        for rows in addresses.split(args.batch_size):
-            generators = [generator(0, "sample", int(i)) for i in rows]
-            images = pipeline(
-                batch_size=len(rows), generator=generators, num_inference_steps=args.steps, output_type="np"
-            ).images
-            parts.append(torch.from_numpy(images))
-        return torch.cat(parts).permute(0, 3, 1, 2)
+    def peer(rows: Tensor) -> Tensor:
+        generators = [generator(0, "sample", int(i)) for i in rows]
+        images = pipeline(batch_size=len(rows), generator=generators, num_inference_steps=args.steps, output_type="np")
+        return torch.from_numpy(images.images).permute(0, 3, 1, 2)
 
-    def timed(side: Callable[[], Tensor]) -> float:
+    def timed(side: Callable[[Tensor], Tensor], rows: Tensor) -> float:
         start = clock(args.device)
-        side()
+        side(rows)
         return clock(args.device) - start
 
     with precision:
         x0 = sample_x0(target, addresses, seed=0, num_steps=args.steps, block=args.batch_size)
-        theirs = peer()
+        blocks = addresses.split(args.batch_size)
+        theirs = torch.cat([peer(rows) for rows in blocks])
         difference = ((x0 / 2 + 0.5).clamp(0, 1).cpu() - theirs).abs().max().item()
         if args.precision == "32-true" and difference:
             raise SystemExit(f"the two samplers disagree by {difference}: they must be equal before they are compared")
         print(f"largest difference between the two samplers: {difference}")
         times: dict[str, list[float]] = {"ours": [], "peer": []}
-        ours(), peer()  # warm-up
-        for pair in range(args.pairs):
-            order = [("ours", ours), ("peer", peer)]
-            for name, side in order if pair % 2 == 0 else order[::-1]:
-                times[name].append(timed(side))
+        # within a pair the two alternate block by block: the machine's speed drifts over seconds, for both alike
+        for _ in range(args.pairs):
+            pair: dict[str, list[float]] = {"ours": [], "peer": []}
+            for number, rows in enumerate(blocks):
+                order = [("ours", ours), ("peer", peer)]
+                for name, side in order if number % 2 == 0 else order[::-1]:
+                    pair[name].append(timed(side, rows))
+            for name, turns in pair.items():
+                times[name].append(statistics.median(turns))
     definition = {
         "peer": "diffusers DDIMPipeline, output_type np, no bar",
         "network": f"configs/{args.network}",
@@ -91,7 +92,7 @@ def main(given: list[str] | None = None) -> Record:
         "channels_last": args.channels_last,
         "largest_difference": difference,
     }
-    return report("time/sampling", times["ours"], times["peer"], args.num_samples, definition, args.out)
+    return report("time/sampling", times["ours"], times["peer"], args.batch_size, definition, args.out)
 
 
 if __name__ == "__main__":
