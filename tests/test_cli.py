@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import wandb
 import yaml
 
 from lightning_mem import __version__
@@ -242,6 +243,7 @@ def test_full_disk_leaves_the_previous_checkpoint(fit, monkeypatch: pytest.Monke
 
 
 def test_wandb_without_an_account_says_how_to_go_on(fit, monkeypatch: pytest.MonkeyPatch) -> None:
+    wandb.teardown()  # its settings are read once a process: another test's offline mode would stay
     monkeypatch.delenv("WANDB_MODE")
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("HOME", str(Path.cwd()))
