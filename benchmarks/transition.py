@@ -13,8 +13,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from lightning_mem.callbacks.curves import draw_curves
-from lightning_mem.callbacks.summary import curve, onset
+from lightning_mem.evaluation.curves import curve, draw_curves, onset
 from lightning_mem.records import Record, read_records, write_records
 
 CONFIG = "configs/digits/denoiser.yaml"

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightning_mem.callbacks import Measure, Reference, Workers, draw_samples
 from lightning_mem.data import MemorizationDataModule
+from lightning_mem.evaluation import Measure, Reference, Workers, draw_samples
 from lightning_mem.modules import load_target
 from lightning_mem.records import read_records
 

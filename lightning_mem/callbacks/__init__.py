@@ -1,11 +1,10 @@
 """Callbacks and loggers: evaluation during training, pictures, the run folder."""
 
 from lightning_mem.callbacks.averaging import EMA
-from lightning_mem.callbacks.curves import Curves, draw_curves
-from lightning_mem.callbacks.evaluation import SampleEvaluation, draw_samples
+from lightning_mem.callbacks.curves import Curves
+from lightning_mem.callbacks.evaluation import SampleEvaluation
 from lightning_mem.callbacks.gallery import Gallery
 from lightning_mem.callbacks.ledger import Ledger
-from lightning_mem.callbacks.measure import Measure, Measurement, Reference, Workers
 from lightning_mem.callbacks.run_folder import RunFolder
-from lightning_mem.callbacks.summary import RunSummary, onset, summarize
+from lightning_mem.callbacks.summary import RunSummary, summarize
 from lightning_mem.callbacks.tracking import MetricsCSV, WandbTracking

@@ -1,65 +1,13 @@
-"""The picture of a run: memorization ratio beside its control, and Fréchet distances, over optimizer steps."""
+"""The curve of a run, drawn while it trains."""
 
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from lightning.pytorch import Callback, Trainer
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
-from lightning_mem.callbacks.measure import Measurement, Reference
-from lightning_mem.callbacks.summary import curve, onset
-from lightning_mem.records import Record, read_records
+from lightning_mem.evaluation import Measurement, Reference
+from lightning_mem.evaluation.curves import draw_curves
+from lightning_mem.records import read_records
 from lightning_mem.types import SampleSet
-
-COLORS = ("#c1272d", "#0b63a5", "#2e7d32", "#8e5ea2", "#b8860b")
-
-
-def _draw(axes: Axes, records: Sequence[Record], name: str, label: str, color: str, style: str = "-") -> None:
-    rows = [record for record in curve(records, name) if record.value is not None]
-    steps = [record.step for record in rows]
-    axes.plot(
-        steps, [record.value or 0.0 for record in rows], style, color=color, label=label, marker="o", markersize=3
-    )
-    low = [record.low for record in rows if record.low is not None]
-    high = [record.high for record in rows if record.high is not None]
-    if len(low) == len(high) == len(rows):
-        axes.fill_between(steps, low, high, color=color, alpha=0.15, lw=0)
-
-
-def draw_curves(runs: Mapping[str, Sequence[Record]], path: Path, title: str = "") -> None:
-    """Write a PNG with two panels: ratio and held-out control with 95 % bands; Fréchet distance to held-out images.
-
-    Args:
-        runs: Records of each run by the name it is shown under.
-        path: Of the picture.
-        title: Above both panels.
-    """
-    figure = Figure(figsize=(9.5, 3.4), dpi=110, layout="constrained")
-    left, right = figure.subplots(1, 2)
-    for color, (label, records) in zip(COLORS, runs.items(), strict=False):
-        prefix = f"{label}: " if len(runs) > 1 else ""
-        _draw(left, records, "memorization/ratio", f"{prefix}members", color)
-        _draw(left, records, "memorization/ratio_heldout", f"{prefix}held-out control", color, ":")
-        start = onset(records)
-        if start is not None:
-            left.axvline(start, color=color, lw=0.8, ls="--")
-            left.annotate(f"onset {start}", (start, 1.0), color=color, fontsize=7, ha="right", va="top", rotation=90)
-        names = sorted({r.name for r in records if r.name.startswith("frechet/") and r.name.endswith("/heldout")})
-        for name in names[:1]:
-            extractor = name.split("/", 1)[1].rsplit("/", 1)[0]
-            _draw(right, records, name, f"{prefix}to held-out ({extractor})", color)
-            _draw(right, records, f"frechet/{extractor}/train", f"{prefix}to members", color, ":")
-    left.set(ylim=(-0.03, 1.03), xlabel="optimizer step", ylabel="memorization ratio (share of samples)")
-    right.set(xlabel="optimizer step", ylabel="Fréchet distance", yscale="log")
-    for axes in (left, right):
-        axes.spines[["top", "right"]].set_visible(False)
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(fontsize=7, frameon=False)
-    if title:
-        figure.suptitle(title, fontsize=10)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
 
 
 class Curves(Callback):

@@ -9,9 +9,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from lightning_mem.callbacks.evaluation import draw_labels
 from lightning_mem.data.datamodule import BLOCK
 from lightning_mem.diffusion import Target, sample
+from lightning_mem.evaluation import draw_labels
 from lightning_mem.types import SampleSet
 
 

@@ -1,63 +1,12 @@
-"""Which training image was copied, how often, and by which samples: ``ledger.csv``."""
+"""The ledger of copied images during training."""
 
-import csv
-import math
-from collections import defaultdict
 from pathlib import Path
 
 from lightning.pytorch import Callback, Trainer
 
-from lightning_mem.callbacks.measure import Measurement, Reference
-from lightning_mem.records import atomic_write
+from lightning_mem.evaluation import Measurement, Reference
+from lightning_mem.evaluation.ledger import update_ledger
 from lightning_mem.types import SampleSet
-
-COLUMNS = ("step", "weights", "index", "copies", "nearest", "samples")
-"""Optimizer step, weights, place in the source, number of copying samples, smallest RMS-L2, their addresses."""
-
-
-def read_ledger(path: str | Path) -> list[dict[str, str]]:
-    """Rows of a ledger; an absent file has none."""
-    path = Path(path)
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def _write(path: Path, rows: list[dict[str, str]]) -> None:
-    with atomic_write(path) as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def drop_ledger_rows(path: str | Path, after_step: int) -> None:
-    """Remove rows past a step; a resumed run writes them again."""
-    rows = read_ledger(path)
-    kept = [row for row in rows if int(row["step"]) <= after_step]
-    if len(kept) < len(rows):
-        _write(Path(path), kept)
-
-
-def ledger_rows(samples: SampleSet, reference: Reference, measurement: Measurement, step: int) -> list[dict[str, str]]:
-    """One row per copied training image, the most copied first."""
-    copies: dict[int, list[int]] = defaultdict(list)
-    for place in measurement.memorized.nonzero().flatten().tolist():
-        member = int(reference.owners[measurement.nearest[place]])
-        copies[int(reference.indices[member])].append(place)
-    scale = math.sqrt(samples.images[0].numel())
-    rows = [
-        {
-            "step": str(step),
-            "weights": samples.weights,
-            "index": str(index),
-            "copies": str(len(places)),
-            "nearest": f"{float(measurement.distances[places, 0].min()) / scale:.6f}",
-            "samples": " ".join(str(int(samples.addresses[place])) for place in places),
-        }
-        for index, places in copies.items()
-    ]
-    return sorted(rows, key=lambda row: (-int(row["copies"]), int(row["index"])))
 
 
 class Ledger(Callback):
@@ -67,6 +16,4 @@ class Ledger(Callback):
         self, trainer: Trainer, samples: SampleSet, reference: Reference, measurement: Measurement, step: int
     ) -> None:
         """Called by SampleEvaluation on the first process."""
-        path = Path(trainer.default_root_dir) / "ledger.csv"
-        kept = [row for row in read_ledger(path) if (row["step"], row["weights"]) != (str(step), samples.weights)]
-        _write(path, kept + ledger_rows(samples, reference, measurement, step))
+        update_ledger(Path(trainer.default_root_dir) / "ledger.csv", samples, reference, measurement, step)

@@ -16,9 +16,9 @@ from lightning.pytorch.loops.fit_loop import _FitLoop
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from lightning_mem.callbacks.ledger import drop_ledger_rows
 from lightning_mem.callbacks.tracking import MetricsCSV
 from lightning_mem.data import MemorizationDataModule
+from lightning_mem.evaluation.ledger import drop_ledger_rows
 from lightning_mem.records import atomic_write, drop_records
 
 

@@ -1,8 +1,6 @@
 """What a run came to: a table on the screen and ``summary.json``, from the records alone."""
 
 import json
-from collections.abc import Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,37 +10,9 @@ from lightning.pytorch.loggers import WandbLogger
 from rich.console import Console
 from rich.table import Table
 
-from lightning_mem.callbacks.ledger import read_ledger
-from lightning_mem.records import Record, atomic_write, read_records
-
-
-def curve(records: Sequence[Record], name: str) -> list[Record]:
-    """Records of one key in order of steps."""
-    return sorted((record for record in records if record.name == name), key=lambda record: record.step)
-
-
-def onset(records: Sequence[Record]) -> int | None:
-    """First step at which copying is beyond doubt.
-
-    The first evaluation whose ``memorization/ratio`` has its lower end above the upper end of
-    ``memorization/ratio_heldout``, and the next one too; compared at equal n only.
-
-    Args:
-        records: Of one run; others are passed over.
-
-    Returns:
-        The step; null where it did not happen, or there is no control.
-    """
-    control = {(r.step, r.n): r for r in curve(records, "memorization/ratio_heldout") if r.high is not None}
-    above = []
-    for record in curve(records, "memorization/ratio"):
-        null = control.get((record.step, record.n))
-        if null is not None and null.high is not None and record.low is not None:
-            above.append((record.step, record.low > null.high))
-    for (step, now), (_, then) in pairwise(above):
-        if now and then:
-            return step
-    return None
+from lightning_mem.evaluation.curves import curve, onset
+from lightning_mem.evaluation.ledger import read_ledger
+from lightning_mem.records import atomic_write, read_records
 
 
 def summarize(

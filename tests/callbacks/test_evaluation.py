@@ -7,9 +7,10 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 
-from lightning_mem.callbacks import EMA, Measure, Reference, SampleEvaluation, Workers, draw_samples
+from lightning_mem.callbacks import EMA, SampleEvaluation
 from lightning_mem.data import MemorizationDataModule
 from lightning_mem.diffusion import DiffusionProcess, EmpiricalDenoiser, Target
+from lightning_mem.evaluation import Measure, Reference, Workers, draw_samples
 from lightning_mem.metrics import wilson_interval
 from lightning_mem.modules import DenoiserModule
 from lightning_mem.networks import UNetConfig

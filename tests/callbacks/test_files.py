@@ -9,9 +9,10 @@ import torch
 import wandb
 from PIL import Image
 
-from lightning_mem.callbacks import Gallery, Measure, MetricsCSV, Reference, onset, summarize
-from lightning_mem.callbacks.gallery import tile
-from lightning_mem.callbacks.ledger import drop_ledger_rows, ledger_rows, read_ledger
+from lightning_mem.callbacks import Gallery, MetricsCSV, summarize
+from lightning_mem.evaluation import Measure, Reference, onset
+from lightning_mem.evaluation.ledger import drop_ledger_rows, ledger_rows, read_ledger
+from lightning_mem.evaluation.pictures import tile
 from lightning_mem.records import Record, write_records
 from lightning_mem.types import SampleSet
 

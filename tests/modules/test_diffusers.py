@@ -7,9 +7,9 @@ import pytest
 import torch
 from diffusers import DDIMPipeline
 
-from lightning_mem.callbacks import Measure, Reference, draw_samples
 from lightning_mem.data import MemorizationDataModule
 from lightning_mem.diffusion import sample, sample_x0
+from lightning_mem.evaluation import Measure, Reference, draw_samples
 from lightning_mem.modules import DenoiserModule, load_target
 from lightning_mem.randomness import generator
 from lightning_mem.records import read_records

@@ -1,18 +1,18 @@
-"""Every metric on one set of samples, beside its held-out control: the plain function under the callback."""
+"""Every metric on one set of samples, beside its held-out control: the plain function under callback and verb."""
 
 import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from lightning_mem.data import MemorizationDataModule
 from lightning_mem.data.datamodule import BLOCK
+from lightning_mem.evaluation.reference import Reference
+from lightning_mem.evaluation.workers import Workers
 from lightning_mem.metrics import (
     AbstractExtractor,
     build_extractor,
@@ -24,8 +24,7 @@ from lightning_mem.metrics import (
     normalized_l2,
     wilson_interval,
 )
-from lightning_mem.randomness import generator
-from lightning_mem.records import Record, digest
+from lightning_mem.records import Record
 from lightning_mem.types import SampleSet
 
 NEIGHBORS = 50
@@ -36,106 +35,6 @@ INTERVAL_DIM = 512
 
 Number = tuple[str, float | None, tuple[float, float] | None, int, str, dict[str, Any]]
 """Name, value, interval, n, unit and definition: what a record is made of."""
-
-Gather = Callable[[Tensor], Tensor]
-"""Collects [...] of every process as [world, ...]."""
-
-
-@dataclass(frozen=True)
-class Workers:
-    """How the rows of one measurement are dealt out; by default this process does all.
-
-    Args:
-        rank: This process.
-        world_size: Number of processes.
-        gather: Collects one tensor of every process as [world, ...].
-        pause: Called between blocks; may raise to stop at a clean point.
-        device: Where features, neighbours and statistics are computed.
-    """
-
-    rank: int = 0
-    world_size: int = 1
-    gather: Gather = lambda rows: rows[None]
-    pause: Callable[[], None] = lambda: None
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-
-    def in_blocks(
-        self, count: int, compute: Callable[[Tensor], Tensor], block: int = BLOCK, label: str | None = None
-    ) -> Tensor:
-        """Rows 0 .. count-1 computed in blocks of one shape, dealt out, and put together in order.
-
-        The result does not depend on the number of processes: every process computes as many blocks as the others
-        (collectives meet) and what was computed twice is dropped by its place.
-        """
-        blocks = torch.arange(-(-count // block) * block).clamp(max=count - 1).split(block)
-        rounds = -(-len(blocks) // self.world_size)
-        own = []
-        # a bar where someone is looking and waits
-        hidden = None if label is not None and self.rank == 0 and rounds > 1 else True
-        for turn in tqdm(range(rounds), label, leave=False, disable=hidden):
-            self.pause()
-            own.append(compute(blocks[(self.rank + turn * self.world_size) % len(blocks)]))
-        found = self.gather(torch.stack(own))  # [world, rounds, block, ...]
-        return found.transpose(0, 1).flatten(0, 2)[:count]
-
-
-@dataclass(frozen=True)
-class Reference:
-    """The images that samples are compared with.
-
-    Args:
-        members: uint8 [M, C, H, W]: what was trained on (both orientations where training flips).
-        heldout: uint8 [H, C, H, W]: same source, never trained on; may be empty.
-        owners: int64 [M]: the image that each row of ``members`` shows (its place in the member list).
-        indices: int64: place of each member in its source, for the ledger.
-        mirror: Mirror images count as one image.
-        members_digest: Of the member set.
-        heldout_digest: Of the held-out set.
-        seed: Of the addressed draws that cut the larger bank.
-    """
-
-    members: Tensor
-    heldout: Tensor
-    owners: Tensor
-    indices: Tensor
-    mirror: bool = False
-    members_digest: str = ""
-    heldout_digest: str = ""
-    seed: int = 0
-
-    @classmethod
-    def from_images(cls, members: Tensor, heldout: Tensor | None = None) -> "Reference":
-        """A reference from two stacks of uint8 images [N, C, H, W].
-
-        Args:
-            members: What the model was trained on.
-            heldout: Images of the same kind that it never saw; without them there is no control.
-        """
-        held = heldout if heldout is not None else members[:0]
-        rows = torch.arange(len(members))
-        return cls(members, held, rows, rows, members_digest=digest(members), heldout_digest=digest(held))
-
-    @classmethod
-    def from_datamodule(cls, data: MemorizationDataModule) -> "Reference":
-        """The reference of a run."""
-        bank, owners = data.bank()
-        return cls(
-            members=bank,
-            heldout=data.heldout_bank(),
-            owners=owners,
-            indices=data.members.indices,
-            mirror=data.flip,
-            members_digest=data.members.digest,
-            heldout_digest=data.heldout.digest,
-            seed=data.seed,
-        )
-
-    def cut(self, bank: Tensor, name: str) -> Tensor:
-        """Rows of ``bank`` in an addressed draw that makes both banks equally large, ascending."""
-        size = min(len(self.members), len(self.heldout)) if len(self.heldout) else len(bank)
-        if size >= len(bank):
-            return torch.arange(len(bank))
-        return torch.randperm(len(bank), generator=generator(self.seed, "bank", name))[:size].sort().values
 
 
 @dataclass

@@ -1,0 +1,69 @@
+"""What samples are compared with: the images a model was trained on, and images of the same kind it never saw."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_mem.data import MemorizationDataModule
+from lightning_mem.randomness import generator
+from lightning_mem.records import digest
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The images that samples are compared with.
+
+    Args:
+        members: uint8 [M, C, H, W]: what was trained on (both orientations where training flips).
+        heldout: uint8 [H, C, H, W]: same source, never trained on; may be empty.
+        owners: int64 [M]: the image that each row of ``members`` shows (its place in the member list).
+        indices: int64: place of each member in its source, for the ledger.
+        mirror: Mirror images count as one image.
+        members_digest: Of the member set.
+        heldout_digest: Of the held-out set.
+        seed: Of the addressed draws that cut the larger bank.
+    """
+
+    members: Tensor
+    heldout: Tensor
+    owners: Tensor
+    indices: Tensor
+    mirror: bool = False
+    members_digest: str = ""
+    heldout_digest: str = ""
+    seed: int = 0
+
+    @classmethod
+    def from_images(cls, members: Tensor, heldout: Tensor | None = None) -> "Reference":
+        """A reference from two stacks of uint8 images [N, C, H, W].
+
+        Args:
+            members: What the model was trained on.
+            heldout: Images of the same kind that it never saw; without them there is no control.
+        """
+        held = heldout if heldout is not None else members[:0]
+        rows = torch.arange(len(members))
+        return cls(members, held, rows, rows, members_digest=digest(members), heldout_digest=digest(held))
+
+    @classmethod
+    def from_datamodule(cls, data: MemorizationDataModule) -> "Reference":
+        """The reference of a run."""
+        bank, owners = data.bank()
+        return cls(
+            members=bank,
+            heldout=data.heldout_bank(),
+            owners=owners,
+            indices=data.members.indices,
+            mirror=data.flip,
+            members_digest=data.members.digest,
+            heldout_digest=data.heldout.digest,
+            seed=data.seed,
+        )
+
+    def cut(self, bank: Tensor, name: str) -> Tensor:
+        """Rows of ``bank`` in an addressed draw that makes both banks equally large, ascending."""
+        size = min(len(self.members), len(self.heldout)) if len(self.heldout) else len(bank)
+        if size >= len(bank):
+            return torch.arange(len(bank))
+        return torch.randperm(len(bank), generator=generator(self.seed, "bank", name))[:size].sort().values
