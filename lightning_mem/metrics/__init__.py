@@ -24,17 +24,27 @@ from lightning_mem.metrics.memorization import (
     memorized,
     normalized_l2,
 )
+from lightning_mem.metrics.memorization_scores import MemorizationScores
 from lightning_mem.metrics.neighbors import duplicate_groups, nearest_neighbors
+from lightning_mem.metrics.scores import (
+    SSCD_BANDS,
+    average_memorization_score,
+    memorization_curves,
+    unique_memorization_score,
+)
 
 __all__ = [
+    "SSCD_BANDS",
     "AbstractExtractor",
     "FeatureStatistics",
     "FrechetDistance",
     "InceptionExtractor",
     "MemorizationRatio",
+    "MemorizationScores",
     "NormalizedL2",
     "PixelsExtractor",
     "TimmExtractor",
+    "average_memorization_score",
     "bootstrap_interval",
     "build_extractor",
     "cached_features",
@@ -44,9 +54,11 @@ __all__ = [
     "frechet_distance",
     "frechet_distance_from_features",
     "jackknife_interval",
+    "memorization_curves",
     "memorization_ratio",
     "memorized",
     "nearest_neighbors",
     "normalized_l2",
+    "unique_memorization_score",
     "wilson_interval",
 ]

@@ -129,13 +129,33 @@ def jackknife_interval(
     _check_level(level)
     if not 2 <= blocks <= n:
         raise ValueError(f"blocks must lie in 2 .. n = {n}, got {blocks}")
-    from scipy.stats import t  # half a second to import; needed nowhere else
-
     rows = torch.arange(n)
     whole = _finite(statistic(rows), "all rows")
     without = [_finite(statistic(rows[rows % blocks != block]), f"all but block {block}") for block in range(blocks)]
-    values = torch.tensor(without, dtype=torch.float64)
-    error = ((blocks - 1) / blocks * (values - values.mean()).square().sum()).sqrt().item()
+    return leave_out_interval(whole, torch.tensor(without, dtype=torch.float64), level)
+
+
+def leave_out_interval(whole: float, without: Tensor, level: float = 0.95) -> tuple[float, float]:
+    """The interval of :func:`jackknife_interval`, from the statistic of all rows and of all but each block.
+
+    Args:
+        whole: The statistic of all rows.
+        without: float64 [B >= 2], the statistic without each block.
+        level: Of confidence, in (0, 1).
+
+    Returns:
+        ``(low, high)``; it may leave the range of the statistic.
+
+    Raises:
+        ValueError: If the level is outside (0, 1) or there are fewer than 2 blocks.
+    """
+    _check_level(level)
+    blocks = len(without)
+    if blocks < 2:
+        raise ValueError(f"without must hold at least 2 blocks, got {blocks}")
+    from scipy.stats import t  # half a second to import; needed nowhere else
+
+    error = ((blocks - 1) / blocks * (without - without.mean()).square().sum()).sqrt().item()
     half = float(t.ppf((1 + level) / 2, blocks - 1)) * error
     return whole - half, whole + half
 
