@@ -1,5 +1,6 @@
 """Metrics: neighbours, memorization, Fréchet distance, intervals; a pure function first, its metric second."""
 
+from lightning_mem.metrics.eidetic import EideticMemorization, eidetic_count, tiled_l2
 from lightning_mem.metrics.features import (
     AbstractExtractor,
     InceptionExtractor,
@@ -36,6 +37,7 @@ from lightning_mem.metrics.scores import (
 __all__ = [
     "SSCD_BANDS",
     "AbstractExtractor",
+    "EideticMemorization",
     "FeatureStatistics",
     "FrechetDistance",
     "InceptionExtractor",
@@ -50,6 +52,7 @@ __all__ = [
     "cached_features",
     "cached_statistics",
     "duplicate_groups",
+    "eidetic_count",
     "extract_features",
     "frechet_distance",
     "frechet_distance_from_features",
@@ -59,6 +62,7 @@ __all__ = [
     "memorized",
     "nearest_neighbors",
     "normalized_l2",
+    "tiled_l2",
     "unique_memorization_score",
     "wilson_interval",
 ]
