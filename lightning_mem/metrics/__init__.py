@@ -27,6 +27,7 @@ from lightning_mem.metrics.memorization import (
 )
 from lightning_mem.metrics.memorization_scores import MemorizationScores
 from lightning_mem.metrics.neighbors import duplicate_groups, nearest_neighbors
+from lightning_mem.metrics.phases import SamplePhases, phase_shares, phase_threshold, sample_phases
 from lightning_mem.metrics.scores import (
     SSCD_BANDS,
     average_memorization_score,
@@ -45,6 +46,7 @@ __all__ = [
     "MemorizationScores",
     "NormalizedL2",
     "PixelsExtractor",
+    "SamplePhases",
     "TimmExtractor",
     "average_memorization_score",
     "bootstrap_interval",
@@ -62,6 +64,9 @@ __all__ = [
     "memorized",
     "nearest_neighbors",
     "normalized_l2",
+    "phase_shares",
+    "phase_threshold",
+    "sample_phases",
     "tiled_l2",
     "unique_memorization_score",
     "wilson_interval",
