@@ -15,7 +15,16 @@ from torch import Tensor
 from lightning_mem.data import MemorizationDataModule
 from lightning_mem.data.datamodule import BLOCK
 from lightning_mem.diffusion import Sampler, Target
-from lightning_mem.evaluation import Measure, Measurement, Reference, Workers, draw_samples
+from lightning_mem.evaluation import (
+    Measure,
+    Measurement,
+    MetricName,
+    Reference,
+    Rules,
+    Workers,
+    cache_folder,
+    draw_samples,
+)
 from lightning_mem.records import write_records
 from lightning_mem.types import SampleSet, Weights
 
@@ -45,9 +54,13 @@ class SampleEvaluation(Callback):
         eta: DDIM's share of fresh noise, 0 to 1.
         seed: Of the starting noise and of labels.
         threshold: Of the memorization ratio, in (0, 1); the literature uses 1/3.
-        extractors: Feature extractors of the Fréchet distance: ``pixels``, ``inception`` (the original FID network),
-            ``inception-64``, or ``timm/<model>``.
+        extractors: Feature spaces of Fréchet distance and the like: ``pixels``, ``inception`` (the original FID
+            network), ``inception-64``, ``timm/<model>``, or ``sscd``.
         extractor_weights: Local weight file per extractor name; without it weights come from their own address.
+        metrics: Families of numbers to measure, see the README; null takes a cheap set of them. The ratio always is.
+        delta: RMS-L2 on [0, 1] up to which a training image counts as extracted, in (0, 1); the literature uses 0.15.
+        cache_dir: Folder where features of reference images are kept; ``auto`` takes the environment's
+            LIGHTNING_MEM_CACHE, else ``~/.cache/lightning_mem``; null keeps none.
         log_spaced: Evaluate at this many log-spaced validations (and the last) instead of every one.
         raw: Also measure the raw weights where there are averaged ones, under ``raw/``; doubles the cost.
         reference: Images to compare with when the run has no MemorizationDataModule (Python only).
@@ -64,6 +77,9 @@ class SampleEvaluation(Callback):
         threshold: float = 1 / 3,
         extractors: list[str] | None = None,
         extractor_weights: dict[str, str] | None = None,
+        metrics: list[MetricName] | None = None,
+        delta: float = 0.15,
+        cache_dir: str | None = "auto",
         log_spaced: int | None = None,
         raw: bool = False,
         reference: Any = None,
@@ -71,17 +87,17 @@ class SampleEvaluation(Callback):
         for name, value in (("num_samples", num_samples), ("num_steps", num_steps), ("log_spaced", log_spaced)):
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
-        if not 0 < threshold < 1:
-            raise ValueError(f"threshold must lie in (0, 1), got {threshold}")
         self.num_samples, self.num_samples_test = num_samples, num_samples_test
         self.num_steps, self.sampler, self.eta = num_steps, sampler, eta
-        self.seed, self.threshold, self.raw = seed, threshold, raw
+        self.seed, self.rules, self.raw = seed, Rules(threshold, delta), raw
         self.extractors = ["pixels"] if extractors is None else extractors
         self.extractor_weights = extractor_weights
+        self.metrics, self.cache_dir = metrics, cache_dir
         self.log_spaced = log_spaced
         self.reference: Reference | None = reference
         self._measure: Measure | None = None
         self._seconds = 0.0
+        self._drawing, self._measuring = 0.0, 0.0
         self._train_start = 0.0
         self._values: dict[str, float] = {}
 
@@ -97,7 +113,14 @@ class SampleEvaluation(Callback):
                 self._refuse_monitors_of_the_control(trainer)
                 rank_zero_warn("no held-out images: the memorization ratio has no control in this run")
             self._measure = Measure(
-                reference, self.extractors, self.extractor_weights, self.threshold, self._workers(trainer)
+                reference,
+                self.extractors,
+                self.extractor_weights,
+                self.rules.threshold,
+                self._workers(trainer),
+                self.metrics,
+                self.rules.delta,
+                cache_folder(self.cache_dir),
             )
 
     @staticmethod
@@ -149,6 +172,7 @@ class SampleEvaluation(Callback):
         known = {name: torch.tensor(value) for name, value in self._values.items()}
         trainer.callback_metrics.update({k: v for k, v in known.items() if k not in trainer.callback_metrics})
         self._train_start, self._seconds = time.monotonic(), 0.0
+        self._drawing, self._measuring = 0.0, 0.0
         every = trainer.val_check_batch
         calls = self.num_samples * self.num_steps * (2 if self.sampler == "heun" else 1)
         calls *= 2 if self.raw and self._averaging(trainer) is not None else 1
@@ -212,6 +236,7 @@ class SampleEvaluation(Callback):
         self._seconds += seconds
         self._values = dict(values)
         values["time/evaluation_seconds"] = seconds
+        values["time/metrics_share"] = self._measuring / max(self._drawing, 1e-9)
         if fitting:
             values["time/evaluation_share"] = self._seconds / max(time.monotonic() - self._train_start, 1e-9)
         for name, value in values.items():
@@ -226,6 +251,7 @@ class SampleEvaluation(Callback):
             raise ValueError("SampleEvaluation was not set up: run it in a Trainer")
         target: Target = pl_module.target()
         target.weights = weights
+        start = time.monotonic()
         with trainer.precision_plugin.forward_context():
             samples = draw_samples(
                 target,
@@ -236,6 +262,7 @@ class SampleEvaluation(Callback):
                 eta=self.eta,
                 workers=self._measure.workers,
             )
+        self._drawing += time.monotonic() - start
         folder = Path(trainer.default_root_dir)
         measurement = self._measure(
             samples,
@@ -245,6 +272,7 @@ class SampleEvaluation(Callback):
             run=folder.name,
             seed=self.seed,
         )
+        self._measuring += measurement.seconds
         if trainer.is_global_zero:
             write_records(folder / "results.jsonl", measurement.records)
             samples.save(folder / "samples" / f"{prefix.replace('/', '_')}last.npz")

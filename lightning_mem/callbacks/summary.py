@@ -16,7 +16,10 @@ from lightning_mem.records import atomic_write, read_records
 
 
 def summarize(
-    folder: str | Path, best_checkpoint: str | None = None, evaluation_share: float | None = None
+    folder: str | Path,
+    best_checkpoint: str | None = None,
+    evaluation_share: float | None = None,
+    metrics_share: float | None = None,
 ) -> dict[str, Any]:
     """The summary of a run folder.
 
@@ -24,6 +27,7 @@ def summarize(
         folder: Run folder with ``results.jsonl``.
         best_checkpoint: Path of the best checkpoint, if one was kept.
         evaluation_share: Share of the training time that evaluations took, in [0, 1].
+        metrics_share: What measuring took, over what drawing the samples it measured took.
     """
     folder = Path(folder)
     records = read_records(folder / "results.jsonl")
@@ -55,6 +59,7 @@ def summarize(
         "frechet": {name: last(name) for name in names if name.startswith("frechet/")},
         "best_checkpoint": best_checkpoint,
         "evaluation_share": evaluation_share,
+        "metrics_share": metrics_share,
         "most_copied": [
             {"index": int(row["index"]), "copies": int(row["copies"]), "nearest": float(row["nearest"])}
             for row in copied
@@ -80,11 +85,11 @@ class RunSummary(Callback):
             return
         kept = [c.best_model_path for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
         best = next((str(Path(path).name) for path in kept if path), None)
-        share = trainer.callback_metrics.get("time/evaluation_share")
+        shares = [trainer.callback_metrics.get(f"time/{name}_share") for name in ("evaluation", "metrics")]
         summary = summarize(
             folder,
             None if best is None else f"checkpoints/{best}",
-            None if share is None else round(float(share), 4),
+            *[None if share is None else round(float(share), 4) for share in shares],
         )
         with atomic_write(folder / "summary.json") as file:
             json.dump(summary, file, indent=1)
@@ -105,6 +110,8 @@ def summary_table(summary: dict[str, Any], folder: Path) -> Table:
     table.add_row("best checkpoint", summary["best_checkpoint"] or "none")
     if summary["evaluation_share"] is not None:
         table.add_row("time spent on evaluations", f"{summary['evaluation_share']:.0%}")
+    if summary["metrics_share"] is not None:
+        table.add_row("  metrics over sampling", f"{summary['metrics_share']:.3f}")
     copied = ", ".join(f"#{row['index']} x{row['copies']}" for row in summary["most_copied"])
     table.add_row("most copied images", copied or "none")
     table.add_row("open", "\n".join(str(folder / name) for name in summary["open"]))

@@ -3,9 +3,11 @@
 Needs no Trainer: the callbacks of ``fit`` and the verb ``evaluate`` stand on it, as do attacks and defenses.
 """
 
+from lightning_mem.evaluation.comparison import Banks, Comparison, Rules, cache_folder
 from lightning_mem.evaluation.curves import draw_curves, onset
 from lightning_mem.evaluation.draw import draw_labels, draw_samples
 from lightning_mem.evaluation.ledger import ledger_rows, read_ledger
-from lightning_mem.evaluation.measure import Measure, Measurement
+from lightning_mem.evaluation.measure import Measure, Measurement, MetricName
+from lightning_mem.evaluation.numbers import Number
 from lightning_mem.evaluation.reference import Reference
 from lightning_mem.evaluation.workers import Workers

@@ -61,9 +61,16 @@ class Reference:
             seed=data.seed,
         )
 
-    def cut(self, bank: Tensor, name: str) -> Tensor:
-        """Rows of ``bank`` in an addressed draw that makes both banks equally large, ascending."""
+    def cut(self, bank: Tensor, name: str, at_most: int | None = None) -> Tensor:
+        """Rows of ``bank`` in an addressed draw that makes both banks equally large, ascending.
+
+        Args:
+            bank: Members or held-out images.
+            name: Address of the draw.
+            at_most: An upper bound besides.
+        """
         size = min(len(self.members), len(self.heldout)) if len(self.heldout) else len(bank)
+        size = size if at_most is None else min(size, at_most)
         if size >= len(bank):
             return torch.arange(len(bank))
         return torch.randperm(len(bank), generator=generator(self.seed, "bank", name))[:size].sort().values

@@ -49,3 +49,20 @@ class Workers:
             own.append(compute(blocks[(self.rank + turn * self.world_size) % len(blocks)]))
         found = self.gather(torch.stack(own))  # [world, rounds, block, ...]
         return found.transpose(0, 1).flatten(0, 2)[:count]
+
+    def share(self, count: int, block: int = BLOCK) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """This process's blocks of rows 0 .. count-1 as one list, and what puts everybody's results together again.
+
+        Alone, a process has all rows once, in order; among others, each has equally many whole blocks.
+        """
+        if self.world_size == 1:
+            return torch.arange(count), lambda found: found
+        blocks = torch.arange(-(-count // block) * block).clamp(max=count - 1).split(block)
+        rounds = -(-len(blocks) // self.world_size)
+        own = torch.cat([blocks[(self.rank + turn * self.world_size) % len(blocks)] for turn in range(rounds)])
+
+        def together(found: Tensor) -> Tensor:
+            parts = self.gather(found)  # [world, rounds * block, ...]
+            return parts.unflatten(1, (rounds, block)).transpose(0, 1).flatten(0, 2)[:count]
+
+        return own, together

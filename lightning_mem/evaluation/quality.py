@@ -1,0 +1,64 @@
+"""How near the distribution of samples is to that of real images, in each feature space."""
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from lightning_mem.evaluation.comparison import Bank, Comparison
+from lightning_mem.evaluation.numbers import Number
+from lightning_mem.metrics import AbstractExtractor, frechet_distance_from_features, jackknife_interval
+
+INTERVAL_DIM = 512
+"""Fréchet intervals (20 solves each) are given up to this feature size; above it they would outlast the sampling."""
+
+SIDES: tuple[tuple[Bank, str], ...] = (("members", "train"), ("heldout", "heldout"))
+"""Each bank and what a key calls it."""
+
+
+def space_of(extractor: AbstractExtractor) -> dict[str, Any]:
+    """What a definition says about a feature space."""
+    return {"extractor": extractor.name, "extractor_digest": extractor.digest, "resize": extractor.resize}
+
+
+def frechet(c: Comparison) -> list[Number]:
+    """``frechet/<extractor>/train`` and ``.../heldout``, and ``.../floor``: what fresh real images score."""
+    return [number for extractor in c.banks.extractors for number in _frechet(c, extractor)]
+
+
+def _frechet(c: Comparison, extractor: AbstractExtractor) -> Iterator[Number]:
+    features, unit = c.features(extractor), "squared distance"
+    n = len(features)
+    for bank, side in SIDES:
+        size = len(c.banks.images(bank))
+        name = f"frechet/{extractor.name}/{side}"
+        definition = {**c.common, **space_of(extractor), "bank": bank, "bank_size": size}
+        if size < 2 or n < 2:
+            yield Number(name, None, 0, definition, None, unit)
+            continue
+        real = c.banks.features(bank, extractor)
+        value, interval = frechet_distance_from_features(features, real), None
+        if features.shape[1] <= INTERVAL_DIM and n >= 40:
+            interval = jackknife_interval(partial(_frechet_of_rows, features=features, real=real), n)
+            definition["interval"] = "block jackknife 95%"
+        yield Number(name, value, n, definition, interval, unit)
+        if getattr(extractor, "official", False):
+            yield Number(f"fid/{side}", value, n, definition, interval, unit)
+    if len(c.banks.images("heldout")) >= 4:
+        yield c.banks.once(("floor", extractor.name), lambda: _floor(c, extractor))
+
+
+def _frechet_of_rows(rows: Tensor, features: Tensor, real: Tensor) -> float:
+    return frechet_distance_from_features(features[rows], real)
+
+
+def _floor(c: Comparison, extractor: AbstractExtractor) -> Number:
+    """One half of the held-out images against the other."""
+    real = c.banks.features("heldout", extractor)
+    half = len(real) // 2
+    value = frechet_distance_from_features(real[:half], real[half:])
+    definition = {
+        **space_of(extractor), "bank": "heldout", "bank_size": len(real) - half, "queries": "heldout images",
+    }  # fmt: skip
+    return Number(f"frechet/{extractor.name}/floor", value, half, definition, None, "squared distance")
