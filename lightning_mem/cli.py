@@ -1,10 +1,14 @@
 """The command line: LightningCLI, with our verbs, our run folder, and errors in one line."""
 
+import inspect
 import os
 import sys
+from argparse import ArgumentError
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import yaml
+from jsonargparse import ActionConfigFile
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
@@ -12,7 +16,32 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException, SI
 from lightning_mem.data import LabelRule, MemorizationDataModule, classes_of
 from lightning_mem.modules import AbstractModule
 from lightning_mem.records import digest
+from lightning_mem.studies import study
 from lightning_mem.trainer import MemorizationTrainer
+
+FOLDER_VERBS: dict[str, Callable[..., Any]] = {
+    "study": study,
+}
+"""Verbs that need no network: their typed arguments are the options, their docstrings the help. One that wants to read
+configurations of ``fit`` takes ``read_config``, which is no option: it gets :meth:`MemorizationCLI.read_config`."""
+
+GIVEN: set[str | int] = {"read_config"}
+"""Arguments of folder verbs that the command line gives."""
+
+
+class VerbParser(LightningArgumentParser):
+    """Lightning's parser, with the folder verbs beside its subcommands."""
+
+    def add_subcommands(self, *args: Any, **kwargs: Any) -> Any:
+        """Lightning asks for this once, and adds the verbs of the Trainer to what it gets."""
+        verbs = super().add_subcommands(*args, **kwargs)
+        for name, function in FOLDER_VERBS.items():
+            first = (inspect.getdoc(function) or "").partition("\n")[0]
+            parser = LightningArgumentParser(description=first)
+            parser.add_argument("-c", "--config", action=ActionConfigFile, help="Path to a configuration file in yaml.")
+            parser.add_function_arguments(function, skip=GIVEN)
+            verbs.add_subcommand(name, parser, help=first)
+        return verbs
 
 
 class SaveRunConfig(SaveConfigCallback):
@@ -67,8 +96,51 @@ class MemorizationCLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         """Lightning lets hyper-parameters of a checkpoint beat the command line; our checkpoints hold none."""
 
+    def _set_seed(self) -> None:
+        """Folder verbs have no seed of their own."""
+        if self.subcommand not in FOLDER_VERBS:
+            super()._set_seed()
+
+    def instantiate_classes(self) -> None:
+        """Folder verbs get their own arguments only: no network, no Trainer."""
+        if self.subcommand in FOLDER_VERBS:
+            self.config_init = self.parser.instantiate_classes(self.config)
+        else:
+            super().instantiate_classes()
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Lightning looks a verb up on the Trainer; ours on folders are functions."""
+        if subcommand not in FOLDER_VERBS:
+            super()._run_subcommand(subcommand)
+            return
+        function = FOLDER_VERBS[subcommand]
+        names = inspect.signature(function).parameters
+        options = {name: value for name, value in self.config_init[subcommand].items() if name in names}
+        function(**options, **{str(name): getattr(self, str(name)) for name in GIVEN & names.keys()})
+
+    def read_config(self, options: Sequence[str]) -> dict[str, Any]:
+        """What ``fit`` would make of these options, as it writes it into ``config.yaml``.
+
+        Args:
+            options: As on the command line, e.g. ``["--config", "run.yaml"]``; a file may also be its own text.
+
+        Raises:
+            ValueError: If ``fit`` would refuse them; with its message.
+        """
+        parser = self._parser("fit")
+        parser.exit_on_error = False
+        try:
+            found = parser.parse_args(list(options))
+        except ArgumentError as error:
+            raise ValueError(str(error)) from error
+        finally:
+            parser.exit_on_error = True
+        return yaml.safe_load(parser.dump(found, skip_unset=False))
+
     def after_instantiate_classes(self) -> None:
         """What decides the numbers: model, data and seed; not the folder, nor how long it trains."""
+        if self.subcommand in FOLDER_VERBS:
+            return
         config = yaml.safe_load(self._parser(self.subcommand).dump(self.config[str(self.subcommand)]))
         self.trainer.config_digest = digest(*[config.get(key) for key in ("model", "data", "seed_everything")])
 
@@ -89,6 +161,7 @@ def run(args: ArgsType = None) -> MemorizationCLI:
             "max_steps": 10000,
         },
         seed_everything_default=0,
+        parser_class=VerbParser,
         subclass_mode_model=True,
         auto_configure_optimizers=False,
         args=args,

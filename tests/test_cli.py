@@ -12,7 +12,7 @@ import yaml
 
 from lightning_mem import __version__
 from lightning_mem.__main__ import VERBS, main
-from lightning_mem.cli import MemorizationCLI
+from lightning_mem.cli import FOLDER_VERBS, MemorizationCLI
 from lightning_mem.cli import main as cli_main
 from lightning_mem.types import SampleSet
 
@@ -31,7 +31,7 @@ def test_help_and_version_need_no_heavy_import() -> None:
 def test_help_names_every_verb(capsys: pytest.CaptureFixture) -> None:
     main(["--help"])
     shown = capsys.readouterr().out
-    assert VERBS.keys() == MemorizationCLI.subcommands().keys()
+    assert VERBS.keys() == MemorizationCLI.subcommands().keys() | FOLDER_VERBS.keys()
     assert all(f"  {verb} " in shown for verb in VERBS)
 
 
@@ -257,3 +257,59 @@ def test_the_program_ends_with_one_line_not_a_traceback(capsys: pytest.CaptureFi
     with pytest.raises(SystemExit) as stop:
         cli_main(["validate", "--config", str(TINY), "--trainer.default_root_dir", "empty"])
     assert str(stop.value.code).startswith("ValueError: there is no trained network")
+
+
+def test_a_verb_on_folders_builds_neither_network_nor_trainer(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lightning_mem import cli
+
+    def count(numbers: list[int], folder: str = "runs") -> None:
+        """Count what is given.
+
+        Args:
+            numbers: What to count.
+            folder: Where.
+        """
+        seen.append((numbers, folder))
+
+    seen: list[tuple[list[int], str]] = []
+    monkeypatch.setitem(FOLDER_VERBS, "count", count)
+    monkeypatch.setattr(cli.MemorizationTrainer, "__init__", lambda *_, **__: pytest.fail("a Trainer was built"))
+    Path("count.yaml").write_text("numbers: [1, 2]\n")
+    cli_main(["count", "--config", "count.yaml", "--folder", "here"])
+    assert seen == [([1, 2], "here")]
+
+
+def test_the_docstring_of_a_verb_on_folders_is_its_manual(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        cli_main(["study", "--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "Only show the rows, which of them are there already" in shown
+    assert "read_config" not in shown
+
+
+def test_a_verb_on_folders_ends_with_its_own_status(monkeypatch: pytest.MonkeyPatch) -> None:
+    def leave() -> None:
+        """Leave at once."""
+        sys.exit(2)
+
+    monkeypatch.setitem(FOLDER_VERBS, "leave", leave)
+    with pytest.raises(SystemExit) as stop:
+        cli_main(["leave"])
+    assert stop.value.code == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["study", "--nonsense", "1"], "unrecognized arguments: --nonsense 1"),
+        (["study", "--config", "missing.yaml"], "File does not exist"),
+        (["study", "--folder", "here"], "study"),
+    ],
+)
+def test_a_verb_on_folders_refuses_what_it_does_not_know(
+    capsys: pytest.CaptureFixture, options: list[str], message: str
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli_main(options)
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err

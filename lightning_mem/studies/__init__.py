@@ -1,0 +1,12 @@
+"""Studies: whatever trains one recipe many times, as a plan of ordinary run folders."""
+
+from lightning_mem.studies.base import AbstractStudy, ReadConfig, Run, Settings
+from lightning_mem.studies.emm import EffectiveMemorization
+from lightning_mem.studies.pooling import (
+    PowerLaw,
+    fit_power_law,
+    level_crossing,
+    pooled_share,
+    seeds_interval,
+)
+from lightning_mem.studies.runner import study

@@ -1,0 +1,91 @@
+"""What a study is: rows to train, and what their records say together."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from jsonargparse.typing import register_type
+
+from lightning_mem.data.plan import Row, merge
+from lightning_mem.records import Record
+
+ReadConfig = Callable[[Sequence[str]], dict[str, Any]]
+"""Options of ``fit`` -> its complete configuration; ``ValueError`` where ``fit`` would refuse them."""
+
+
+class Settings:
+    """Settings of ``fit``, nested as in a YAML file; the study's own parser builds none of the classes they name.
+
+    Args:
+        values: The mapping.
+
+    Raises:
+        ValueError: If it is no mapping.
+    """
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        if not isinstance(values, Mapping):
+            raise ValueError(f"settings of fit are a mapping, got {values!r}")
+        self.values = dict(values)
+
+
+register_type(Settings, serializer=lambda settings: settings.values, deserializer=Settings)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished row.
+
+    Args:
+        row: What was asked for.
+        folder: Of the run; another study's, when it was reused.
+        config: Complete configuration of ``fit``.
+        records: Everything that was measured while it trained.
+    """
+
+    row: Row
+    folder: Path
+    config: Mapping[str, Any]
+    records: list[Record] = field(repr=False)
+
+
+class AbstractStudy(ABC):
+    """A recipe, the rows it is trained at, and the report.
+
+    Args:
+        config: Files of the recipe, as ``fit --config`` takes them; later ones lie over earlier ones.
+        overrides: Further settings of ``fit`` for every row, nested as in a YAML file.
+
+    Raises:
+        ValueError: If there is no file, or one does not exist.
+    """
+
+    def __init__(self, config: list[str], overrides: Settings | None = None) -> None:
+        missing = [file for file in config if not Path(file).is_file()]
+        if missing or not config:
+            raise ValueError(f"config must name at least one file of fit, and all must exist; missing: {missing}")
+        self.config = config
+        self.overrides = {} if overrides is None else overrides.values
+
+    def settings(self, row: Row, folder: str | Path) -> dict[str, Any]:
+        """What lies over the recipe's files for this row; ``folder/name`` is its run folder."""
+        quiet = {"trainer": {"enable_progress_bar": False, "enable_model_summary": False}}
+        return merge(merge(quiet, self.overrides), row.settings(folder))
+
+    @abstractmethod
+    def rows(self) -> list[Row]:
+        """Every training the study needs, the most telling first: a stopped study reports what it has."""
+
+    @abstractmethod
+    def report(self, runs: Sequence[Run], folder: Path) -> list[Record]:
+        """Pool the finished runs.
+
+        Args:
+            runs: At least one; not necessarily all.
+            folder: Where pictures and tables go.
+
+        Returns:
+            One record per claim.
+        """

@@ -1,0 +1,147 @@
+"""What several runs say together: an interval over seeds, a crossing between sizes, a power law."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from lightning_mem.metrics import wilson_interval
+
+
+def seeds_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float]:
+    r"""Interval of a mean over seeds.
+
+    .. math:: \bar v \pm t_{k-1} \, s / \sqrt k
+
+    Args:
+        values: One number per seed, at least 2.
+        level: Of confidence, in (0, 1).
+
+    Returns:
+        ``(low, high)``; it may leave the range of the values.
+
+    Raises:
+        ValueError: If there are fewer than 2 values or the level is outside (0, 1).
+
+    Undefined when:
+        The seeds share what makes them differ, e.g. all were trained on one draw of images.
+    """
+    count = len(values)
+    if count < 2 or not 0 < level < 1:
+        raise ValueError(f"values must hold at least 2 numbers and level lie in (0, 1), got {count} and {level}")
+    from scipy.stats import t  # half a second to import; needed nowhere else
+
+    mean = math.fsum(values) / count
+    deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (count - 1))
+    half = float(t.ppf((1 + level) / 2, count - 1)) * deviation / math.sqrt(count)
+    return mean - half, mean + half
+
+
+def pooled_share(shares: Sequence[float], n: int) -> tuple[float, float, float]:
+    """Mean of a share over seeds, with an interval that is never narrower than either source of doubt alone.
+
+    The interval is the union of :func:`seeds_interval` and the Wilson interval of all samples taken together: the
+    first covers what another draw of images and another training would change, the second does not shrink to nothing
+    where all seeds agree. One seed has the second only.
+
+    Args:
+        shares: One per seed, in [0, 1].
+        n: Samples behind each of them, at least 1.
+
+    Returns:
+        ``(mean, low, high)`` in [0, 1].
+
+    Raises:
+        ValueError: If there is no share, or one is outside [0, 1].
+    """
+    if not shares or not all(0 <= share <= 1 for share in shares):
+        raise ValueError(f"shares must lie in [0, 1] and be at least one, got {list(shares)}")
+    total = n * len(shares)
+    low, high = wilson_interval(round(math.fsum(shares) * n), total)
+    if len(shares) > 1:
+        below, above = seeds_interval(shares)
+        low, high = max(0.0, min(low, below)), min(1.0, max(high, above))
+    return math.fsum(shares) / len(shares), low, high
+
+
+def level_crossing(x: Sequence[float], y: Sequence[float], level: float) -> float | None:
+    r"""Where a curve over x leaves a level for good, by linear interpolation.
+
+    With i the last point at or above the level,
+
+    .. math:: x_i + (x_{i+1} - x_i) \frac{y_i - \ell}{y_i - y_{i+1}}
+
+    Args:
+        x: Ascending.
+        y: As many.
+        level: :math:`\ell`.
+
+    Returns:
+        The place; null where the curve stays below, or ends at or above, the level: then it lies outside the x given.
+
+    Raises:
+        ValueError: If the numbers of x and y differ, or x does not ascend.
+
+    Source:
+        Gu et al., arXiv:2310.02664 (effective model memorization is the largest size at or above 0.9; interpolation
+        between the sizes is ours).
+
+    Example:
+        >>> level_crossing([1000, 2000], [0.92, 0.61], 0.9)
+        1064.516129032258
+    """
+    if len(x) != len(y) or any(b <= a for a, b in pairwise(x)):
+        raise ValueError(f"x must ascend and have as many numbers as y, got {list(x)} and {list(y)}")
+    above = [place for place, value in enumerate(y) if value >= level]
+    if not above or above[-1] == len(y) - 1:
+        return None
+    i = above[-1]
+    return x[i] + (x[i + 1] - x[i]) * (y[i] - level) / (y[i] - y[i + 1])
+
+
+@dataclass(frozen=True)
+class PowerLaw:
+    """``y = scale * x ** slope``, with the 95 % interval of the slope.
+
+    Args:
+        slope: The exponent.
+        low: Lower end of its interval.
+        high: Upper end.
+        scale: y at x = 1.
+        points: How many it was fitted to.
+    """
+
+    slope: float
+    low: float
+    high: float
+    scale: float
+    points: int
+
+    def __call__(self, x: float) -> float:
+        """The law at x."""
+        return float(self.scale * x**self.slope)
+
+
+def fit_power_law(x: Sequence[float], y: Sequence[float]) -> PowerLaw:
+    r"""Least squares in log-log, :math:`\log y = \log a + b \log x`, with Student's interval for b.
+
+    Args:
+        x: Positive, at least 3, not all equal.
+        y: As many, positive.
+
+    Raises:
+        ValueError: If there are too few points, or one is not positive.
+
+    Undefined when:
+        Points are left out because of their y, e.g. sizes whose late runs never reached it: leave out the whole size.
+    """
+    if len(x) != len(y) or len(x) < 3 or len(set(x)) < 2 or min(*x, *y) <= 0:
+        raise ValueError(
+            f"a power law needs at least 3 positive points at 2 or more places, got {list(x)} and {list(y)}"
+        )
+    from scipy.stats import linregress, t  # half a second to import; needed nowhere else
+
+    fit = linregress([math.log(value) for value in x], [math.log(value) for value in y])
+    half = float(t.ppf(0.975, len(x) - 2)) * float(fit.stderr)
+    slope = float(fit.slope)
+    return PowerLaw(slope, slope - half, slope + half, math.exp(float(fit.intercept)), len(x))
