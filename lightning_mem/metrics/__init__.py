@@ -42,6 +42,7 @@ from lightning_mem.metrics.scores import (
     memorization_curves,
     unique_memorization_score,
 )
+from lightning_mem.metrics.sscd import SSCDExtractor
 
 __all__ = [
     "SSCD_BANDS",
@@ -56,6 +57,7 @@ __all__ = [
     "NormalizedL2",
     "PixelsExtractor",
     "PrecisionRecallDensityCoverage",
+    "SSCDExtractor",
     "SamplePhases",
     "TimmExtractor",
     "average_memorization_score",

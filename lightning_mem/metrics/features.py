@@ -20,7 +20,7 @@ InceptionFeatures = Literal["64", "192", "768", "2048"]
 OFFICIAL_INCEPTION = "6726825d"
 """First digits of the SHA-256 of torch-fidelity's weight file, converted from the original TensorFlow graph."""
 
-EXTRACTORS = ("pixels", "inception", "inception-64", "timm/<model>")
+EXTRACTORS = ("pixels", "inception", "inception-64", "sscd", "timm/<model>")
 """Names that :func:`build_extractor` knows."""
 
 
@@ -119,7 +119,7 @@ class TimmExtractor(AbstractExtractor):
             raise ValueError(f"timm has no model {model_name!r}: use one of its {len(known)} models, e.g. {near}")
         overlay: dict[str, Any] | None = None
         if weights is not None:
-            overlay = {"file": str(_existing(weights)), "custom_load": Path(weights).suffix == ".npz"}
+            overlay = {"file": str(existing_file(weights)), "custom_load": Path(weights).suffix == ".npz"}
         loaded = pretrained or weights is not None
         with torch.random.fork_rng(devices=[]):  # building a network draws initial weights
             torch.manual_seed(0)
@@ -148,7 +148,7 @@ class TimmExtractor(AbstractExtractor):
         )
 
     def _features(self, images: Tensor) -> Tensor:
-        x = _three_channels(images).float() / 255
+        x = three_channels(images).float() / 255
         if tuple(x.shape[2:]) != self._size:
             x = nn.functional.interpolate(x, self._size, mode="bicubic", antialias=True, align_corners=False)
         return self._network((x.clamp(0, 1) - self._mean) / self._std)
@@ -186,7 +186,7 @@ class InceptionExtractor(AbstractExtractor):
 
         if features not in ("64", "192", "768", "2048"):
             raise ValueError(f"features must be one of 64, 192, 768, 2048, got {features!r}")
-        path = _downloaded_inception() if weights is None else _existing(weights)
+        path = _downloaded_inception() if weights is None else existing_file(weights)
         try:
             # torch-fidelity opens the file with a reader that can run code: only what the safe reader took goes there
             torch.load(path, map_location="cpu", weights_only=True)
@@ -206,7 +206,7 @@ class InceptionExtractor(AbstractExtractor):
         self._network = network.eval().requires_grad_(False).to(self.device)
 
     def _features(self, images: Tensor) -> Tensor:
-        return self._network(_three_channels(images))[0]
+        return self._network(three_channels(images))[0]
 
 
 def build_extractor(
@@ -215,15 +215,16 @@ def build_extractor(
     """The extractor of a name.
 
     Args:
-        name: ``pixels``, ``inception`` (2048 features), ``inception-64`` (its 64-feature layer) or ``timm/<model>``.
-        weights: Local weight file. Null: the original weights, downloaded once.
+        name: ``pixels``, ``inception`` (2048 features), ``inception-64`` (its 64-feature layer), ``sscd`` or
+            ``timm/<model>``.
+        weights: Local weight file. Null: the original weights, downloaded once; ``sscd`` always needs a local file.
         device: Where to compute.
 
     Returns:
         The extractor, frozen.
 
     Raises:
-        ValueError: If the name is unknown, or weights are given to ``pixels``.
+        ValueError: If the name is unknown, weights are given to ``pixels``, or none to ``sscd``.
     """
     if name == "pixels":
         if weights is not None:
@@ -231,6 +232,10 @@ def build_extractor(
         return PixelsExtractor(device)
     if name in ("inception", "inception-64"):
         return InceptionExtractor(weights, "64" if name == "inception-64" else "2048", device)
+    if name == "sscd":
+        from lightning_mem.metrics.sscd import SSCDExtractor  # it builds on this file
+
+        return SSCDExtractor(weights, device=device)
     if name.startswith("timm/") and name != "timm/":
         return TimmExtractor(name.removeprefix("timm/"), weights, device=device)
     raise ValueError(f"extractor must be one of {', '.join(EXTRACTORS)}, got {name!r}")
@@ -269,7 +274,8 @@ def extract_features(images: Rows, extractor: AbstractExtractor, *, block: int =
     return torch.cat(parts)
 
 
-def _three_channels(images: Tensor) -> Tensor:
+def three_channels(images: Tensor) -> Tensor:
+    """Images with three channels, grey ones repeated; another number is refused."""
     if images.shape[1] not in (1, 3):
         raise ValueError(f"images must have 1 or 3 channels, got {images.shape[1]}")
     return images.expand(-1, 3, -1, -1)
@@ -279,7 +285,8 @@ def _weights_digest(network: nn.Module) -> str:
     return digest(*(part for name, value in network.state_dict().items() for part in (name, value.float())))
 
 
-def _existing(weights: str | Path) -> Path:
+def existing_file(weights: str | Path) -> Path:
+    """The path of a weight file, refused where it names none."""
     path = Path(weights)
     if not path.is_file():
         raise FileNotFoundError(f"weights must name a local file, got {path}, which is not there")

@@ -220,7 +220,7 @@ def test_outer_precision_settings_and_generators_are_left_alone(tiny, inception_
 @pytest.mark.parametrize(
     ("name", "weights", "message"),
     [
-        ("dino", None, "pixels, inception, inception-64, timm/<model>, got 'dino'"),
+        ("dino", None, "pixels, inception, inception-64, sscd, timm/<model>, got 'dino'"),
         ("timm/", None, "got 'timm/'"),
         ("timm/resnet5O", None, "no model 'resnet5O'.*'resnet50'"),
         ("pixels", "x.pth", "no weights, got x.pth"),
