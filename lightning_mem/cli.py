@@ -14,16 +14,21 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 from lightning_mem.data import LabelRule, MemorizationDataModule, classes_of
+from lightning_mem.evaluation.verb import add_options, run_evaluate
 from lightning_mem.modules import AbstractModule
 from lightning_mem.records import digest
 from lightning_mem.studies import study
 from lightning_mem.trainer import MemorizationTrainer
 
 FOLDER_VERBS: dict[str, Callable[..., Any]] = {
+    "evaluate": run_evaluate,
     "study": study,
 }
 """Verbs that need no network: their typed arguments are the options, their docstrings the help. One that wants to read
 configurations of ``fit`` takes ``read_config``, which is no option: it gets :meth:`MemorizationCLI.read_config`."""
+
+OPTIONS: dict[str, Callable[[LightningArgumentParser], None]] = {"evaluate": add_options}
+"""Folder verbs whose arguments alone do not say their options; these get all that was parsed."""
 
 GIVEN: set[str | int] = {"read_config"}
 """Arguments of folder verbs that the command line gives."""
@@ -39,7 +44,10 @@ class VerbParser(LightningArgumentParser):
             first = (inspect.getdoc(function) or "").partition("\n")[0]
             parser = LightningArgumentParser(description=first)
             parser.add_argument("-c", "--config", action=ActionConfigFile, help="Path to a configuration file in yaml.")
-            parser.add_function_arguments(function, skip=GIVEN)
+            if name in OPTIONS:
+                OPTIONS[name](parser)
+            else:
+                parser.add_function_arguments(function, skip=GIVEN)
             verbs.add_subcommand(name, parser, help=first)
         return verbs
 
@@ -114,6 +122,9 @@ class MemorizationCLI(LightningCLI):
             super()._run_subcommand(subcommand)
             return
         function = FOLDER_VERBS[subcommand]
+        if subcommand in OPTIONS:
+            function(**vars(self.config_init[subcommand]))
+            return
         names = inspect.signature(function).parameters
         options = {name: value for name, value in self.config_init[subcommand].items() if name in names}
         function(**options, **{str(name): getattr(self, str(name)) for name in GIVEN & names.keys()})

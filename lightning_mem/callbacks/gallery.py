@@ -42,7 +42,7 @@ class Gallery(Callback):
         draw_samples_sheet(samples, f"samples at step {step} ({samples.weights})", sheet)
         places = closest_pairs(measurement, self.pairs)
         title = (
-            f"step {step}: sample | nearest training image, RMS-L2 and ratio to the second nearest; "
+            f"step {step}: sample | nearest training image: #index, RMS-L2 (ratio to the second nearest); "
             f"red: copies ({share:.1%} of {len(samples)})"
         )
         draw_pairs(samples, reference, measurement, places, title, pairs)

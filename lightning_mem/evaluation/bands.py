@@ -7,7 +7,7 @@ import torch
 
 from lightning_mem.evaluation.comparison import BANKS, Comparison
 from lightning_mem.evaluation.copies import NEIGHBORS, NO_HELDOUT, ending
-from lightning_mem.evaluation.numbers import Number, absent
+from lightning_mem.evaluation.numbers import JACKKNIFE, WILSON, Number, absent
 from lightning_mem.evaluation.workers import Workers
 from lightning_mem.metrics import SSCD_BANDS, MemorizationScores
 from lightning_mem.metrics.similarities import Measure
@@ -55,7 +55,7 @@ def scores(c: Comparison) -> list[Number]:
             for kind, key in (("ams", "average"), ("ums", "unique")):
                 for band, (low, high) in bands.items():
                     found = intervals[f"{key}/{band}"]
-                    how = "wilson 95%" if kind == "ams" else "block jackknife 95%"
+                    how = WILSON if kind == "ams" else JACKKNIFE
                     definition = {**about, "band_low": low, "band_high": high if math.isfinite(high) else None}
                     definition |= {"interval": how} if found is not None else {}
                     name = f"memorization/{kind}/{extractor.name}/{band}{ending(bank)}"

@@ -106,17 +106,23 @@ class Banks:
         stack, groups = self.images(bank), self.groups[bank]
         if rows is not None:
             stack, groups = stack[rows], groups[rows]
+        distances, indices = self._search(images, stack, min(k, len(groups.unique())), groups)
+        return distances, indices if rows is None else rows[indices]
+
+    def among(self, images: Tensor, crowd: int, k: int) -> tuple[Tensor, Tensor]:
+        """(distances [N, k], indices [N, k]) among the first ``crowd`` of the images themselves."""
+        return self._search(images, images[:crowd], k, None)
+
+    def _search(self, images: Tensor, stack: Tensor, k: int, groups: Tensor | None) -> tuple[Tensor, Tensor]:
         device = self.workers.device
-        bank_images, bank_groups = stack.to(device), groups.to(device)
-        k = min(k, len(bank_groups.unique()))
+        bank, groups = stack.to(device), None if groups is None else groups.to(device)
 
         def nearest(places: Tensor) -> Tensor:
-            distances, indices = nearest_neighbors(images[places].to(device), bank_images, k, groups=bank_groups)
+            distances, indices = nearest_neighbors(images[places].to(device), bank, k, groups=groups)
             return torch.stack([distances.double(), indices.double()], dim=-1)
 
-        both = self.workers.in_blocks(len(images), nearest, block=4 * BLOCK).cpu()
-        indices = both[..., 1].to(torch.int64)
-        return both[..., 0].float(), indices if rows is None else rows[indices]
+        both = self.workers.in_blocks(len(images), nearest, block=4 * BLOCK, label="neighbours").cpu()
+        return both[..., 0].float(), both[..., 1].to(torch.int64)
 
     def extract(self, images: Tensor, extractor: AbstractExtractor) -> Tensor:
         """Features float32 [N, d] on the measuring device, dealt out over the processes."""

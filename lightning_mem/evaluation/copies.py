@@ -7,8 +7,15 @@ import torch
 from torch import Tensor
 
 from lightning_mem.evaluation.comparison import BANKS, Bank, Banks, Comparison, Rules
-from lightning_mem.evaluation.numbers import Number, absent, share
-from lightning_mem.metrics import eidetic_count, jackknife_interval, memorized, normalized_l2, wilson_interval
+from lightning_mem.evaluation.numbers import JACKKNIFE, WILSON, Number, absent, share
+from lightning_mem.metrics import (
+    duplicate_groups,
+    eidetic_count,
+    jackknife_interval,
+    memorized,
+    normalized_l2,
+    wilson_interval,
+)
 
 NEIGHBORS = 50
 """Neighbours of the normalized L2 (Carlini et al.); fewer where a bank is smaller."""
@@ -32,7 +39,7 @@ def ratio(c: Comparison) -> list[Number]:
         name = f"memorization/ratio{ending(bank)}"
         rule = {**c.describe(bank), "threshold": c.rules.threshold, "distance": "l2 uint8"}
         if c.banks.distinct(bank) < 2:
-            numbers.append(Number(name, None, 0, {**rule, "interval": "wilson 95%"}))
+            numbers.append(Number(name, None, 0, {**rule, "interval": WILSON}))
             continue
         hits = memorized(c.nearest(bank)[0], c.rules.threshold)
         numbers.append(share(name, int(hits.sum()), len(hits), rule))
@@ -66,11 +73,18 @@ def copied_images(c: Comparison) -> list[Number]:
             continue
         distances, nearest = c.nearest(bank)
         hit = memorized(distances, c.rules.threshold)
-        numbers.append(_distinct(name, c.banks.groups[bank][nearest[:, 0]], hit, rule))
+        numbers.append(_distinct(name, c.banks.groups[bank][nearest[:, 0]], hit, c.banks.distinct(bank), rule))
     return numbers
 
 
-def _distinct(name: str, images: Tensor, hit: Tensor, definition: dict[str, Any]) -> Number:
+def duplicates(c: Comparison) -> list[Number]:
+    """``samples/duplicates``: share of samples that repeat another pixel for pixel; they count each time elsewhere."""
+    groups = duplicate_groups(c.samples.images)
+    repeated = len(groups) - len(groups.unique())
+    return [Number("samples/duplicates", repeated / len(groups), len(groups), c.common)]
+
+
+def _distinct(name: str, images: Tensor, hit: Tensor, available: int, definition: dict[str, Any]) -> Number:
     """How many different images the hits name, with a block jackknife over samples."""
 
     def count(rows: Tensor) -> float:
@@ -80,8 +94,8 @@ def _distinct(name: str, images: Tensor, hit: Tensor, definition: dict[str, Any]
     interval = None
     if found >= FEWEST_IMAGES and n >= 20:
         low, high = jackknife_interval(count, n)
-        interval = (max(0.0, low), high)
-        definition = {**definition, "interval": "block jackknife 95%"}
+        interval = (max(0.0, low), min(high, float(available)))
+        definition = {**definition, "interval": JACKKNIFE}
     return Number(name, found, n, definition, interval, "images")
 
 
@@ -107,8 +121,17 @@ def normalized(c: Comparison) -> list[Number]:
     return numbers
 
 
+def unseen_distances(banks: Banks) -> Tensor:
+    """Plain L2 of held-out images to their nearest training images, in the members' bank cut to equal size."""
+
+    def search() -> Tensor:
+        return banks.search(banks.reference.heldout, "members", NEIGHBORS, banks.rows("members"))[0]
+
+    return banks.once("unseen distances", search)
+
+
 def _normalized_unseen(banks: Banks) -> list[Number]:
-    distances, _ = banks.search(banks.reference.heldout, "members", NEIGHBORS, banks.rows("members"))
+    distances = unseen_distances(banks)
     n, k = distances.shape
     close = int((normalized_l2(distances) < 1).sum())
     about = {**_unseen(banks), "bank_size": len(banks.rows("members")), "cut": 1.0, "alpha": 0.5, "neighbors": k}
@@ -133,7 +156,7 @@ def extracted(c: Comparison) -> list[Number]:
         hit = distances[:, 0].double() / math.sqrt(c.samples.images[0].numel()) <= c.rules.delta
         numbers.append(share(names[0], int(hit.sum()), len(hit), rule))
         groups = c.banks.groups[bank][nearest[:, 0]]
-        numbers.append(_distinct(names[1], groups, hit, rule))
+        numbers.append(_distinct(names[1], groups, hit, c.banks.distinct(bank), rule))
         found = groups[hit].unique()
         if len(found) == 0:
             numbers.append(absent(names[2], "no image was extracted", rule, "images"))
@@ -148,6 +171,6 @@ def extracted(c: Comparison) -> list[Number]:
 
 def _extracted_unseen(banks: Banks, rules: Rules) -> list[Number]:
     images, rows = banks.reference.heldout, banks.rows("members")
-    nearest = banks.search(images, "members", 1, rows)[0][:, 0].double() / math.sqrt(images[0].numel())
+    nearest = unseen_distances(banks)[:, 0].double() / math.sqrt(images[0].numel())
     about = {**_unseen(banks), "bank_size": len(rows), "delta": rules.delta, "distance": "rms-l2"}
     return [share("memorization/extracted_unseen", int((nearest <= rules.delta).sum()), len(images), about)]

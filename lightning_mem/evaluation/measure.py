@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from torch import Tensor
+from tqdm import tqdm
 
-from lightning_mem.evaluation import bands, copies, quality
+from lightning_mem.evaluation import bands, copies, phases, quality
 from lightning_mem.evaluation.comparison import Banks, Comparison, Rules
 from lightning_mem.evaluation.numbers import Number
 from lightning_mem.evaluation.reference import Reference
@@ -17,7 +18,9 @@ from lightning_mem.metrics import build_extractor, memorized
 from lightning_mem.records import Record, digest
 from lightning_mem.types import SampleSet
 
-MetricName = Literal["ratio", "copied_images", "normalized_l2", "extracted", "scores", "frechet"]
+MetricName = Literal[
+    "ratio", "copied_images", "normalized_l2", "extracted", "phases", "scores", "frechet", "prdc", "duplicates"
+]
 """Families of numbers that can be asked for."""
 
 FAMILIES: dict[MetricName, Callable[[Comparison], list[Number]]] = {
@@ -25,11 +28,14 @@ FAMILIES: dict[MetricName, Callable[[Comparison], list[Number]]] = {
     "copied_images": copies.copied_images,
     "normalized_l2": copies.normalized,
     "extracted": copies.extracted,
+    "phases": phases.phases,
     "scores": bands.scores,
     "frechet": quality.frechet,
+    "prdc": quality.prdc,
+    "duplicates": copies.duplicates,
 }
 
-WHILE_TRAINING: tuple[MetricName, ...] = ("ratio", "copied_images", "normalized_l2", "frechet")
+WHILE_TRAINING: tuple[MetricName, ...] = tuple(name for name in FAMILIES if name != "scores")
 """What ``fit`` measures when nothing is named."""
 
 EVERY: tuple[MetricName, ...] = get_args(MetricName)
@@ -101,7 +107,7 @@ class Measure:
         paths, device = extractor_weights or {}, self.workers.device
         self.extractors = [build_extractor(name, paths.get(name), device=device) for name in dict.fromkeys(extractors)]
         self.banks = Banks(reference, self.extractors, self.workers, cache_dir)
-        self._wide = copies.NEIGHBORS if {"normalized_l2", "extracted"} & set(self.metrics) else 2
+        self._wide = copies.NEIGHBORS if {"normalized_l2", "extracted", "phases"} & set(self.metrics) else 2
 
     @property
     def digest(self) -> str:
@@ -146,7 +152,10 @@ class Measure:
             found = self.banks.distinct("members")
             raise ValueError(f"the memorization ratio needs two different training images, got {found}")
         comparison = Comparison(samples, self.banks, self.rules, self._wide)
-        numbers = [number for name in self.metrics for number in FAMILIES[name](comparison)]
+        numbers = []
+        # a bar where someone waits for long
+        for name in tqdm(self.metrics, "measuring", leave=False, delay=5, disable=self.workers.rank != 0 or None):
+            numbers += FAMILIES[name](comparison)
         digests = {"heldout": reference.heldout_digest, "members": reference.members_digest}
         seconds = time.perf_counter() - start
         records = [

@@ -5,6 +5,9 @@ from typing import Any
 
 from lightning_mem.metrics import wilson_interval
 
+WILSON, JACKKNIFE = "wilson 95%", "block jackknife 95%"
+"""Interval methods, as they stand in a definition."""
+
 
 @dataclass(frozen=True)
 class Number:
@@ -29,7 +32,7 @@ class Number:
 
 def share(name: str, hits: int, n: int, definition: dict[str, Any]) -> Number:
     """A counted share with Wilson's interval."""
-    return Number(name, hits / n, n, {**definition, "interval": "wilson 95%"}, wilson_interval(hits, n))
+    return Number(name, hits / n, n, {**definition, "interval": WILSON}, wilson_interval(hits, n))
 
 
 def absent(name: str, why: str, definition: dict[str, Any], unit: str = "fraction") -> Number:

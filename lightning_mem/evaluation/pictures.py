@@ -63,7 +63,7 @@ def draw_pairs(
     path: Path,
     columns: int = 8,
 ) -> None:
-    """Write a PNG of sample | nearest training image | distance and ratio; copies in red."""
+    """Write a PNG of sample | nearest training image, its index, RMS-L2 (ratio to the second nearest); copies red."""
     scale = math.sqrt(samples.images[0].numel())
     height, width = samples.images.shape[2:]
     pairs = [tile(torch.stack([samples.images[p], reference.members[measurement.nearest[p]]]), 2) for p in places]
@@ -80,10 +80,11 @@ def draw_pairs(
     for number, place in enumerate(places.tolist()):
         first, second = measurement.distances[place, :2].tolist()
         copied = bool(measurement.memorized[place])
+        index = int(reference.indices[reference.owners[measurement.nearest[place]]])
         axes.text(
             (number % columns + 0.5) * cell_width - 0.5,
             number // columns * cell_height + height // 2 - 0.7,
-            f"{first / scale:.3f}  ratio {first / second:.2f}",
+            f"#{index}  {first / scale:.3f}  ({first / second:.2f})",
             fontsize=7,
             color="crimson" if copied else "black",
             fontweight="bold" if copied else "normal",

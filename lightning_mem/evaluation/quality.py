@@ -7,11 +7,20 @@ from typing import Any
 from torch import Tensor
 
 from lightning_mem.evaluation.comparison import Bank, Comparison
-from lightning_mem.evaluation.numbers import Number
-from lightning_mem.metrics import AbstractExtractor, frechet_distance_from_features, jackknife_interval
+from lightning_mem.evaluation.numbers import JACKKNIFE, WILSON, Number, absent
+from lightning_mem.metrics import (
+    AbstractExtractor,
+    frechet_distance_from_features,
+    jackknife_interval,
+    manifold_overlap,
+    neighborhood_radii,
+)
 
 INTERVAL_DIM = 512
 """Fréchet intervals (20 solves each) are given up to this feature size; above it they would outlast the sampling."""
+
+MANIFOLD_NEIGHBORS = 5
+"""k of precision, recall, density and coverage."""
 
 SIDES: tuple[tuple[Bank, str], ...] = (("members", "train"), ("heldout", "heldout"))
 """Each bank and what a key calls it."""
@@ -41,7 +50,7 @@ def _frechet(c: Comparison, extractor: AbstractExtractor) -> Iterator[Number]:
         value, interval = frechet_distance_from_features(features, real), None
         if features.shape[1] <= INTERVAL_DIM and n >= 40:
             interval = jackknife_interval(partial(_frechet_of_rows, features=features, real=real), n)
-            definition["interval"] = "block jackknife 95%"
+            definition["interval"] = JACKKNIFE
         yield Number(name, value, n, definition, interval, unit)
         if getattr(extractor, "official", False):
             yield Number(f"fid/{side}", value, n, definition, interval, unit)
@@ -62,3 +71,28 @@ def _floor(c: Comparison, extractor: AbstractExtractor) -> Number:
         **space_of(extractor), "bank": "heldout", "bank_size": len(real) - half, "queries": "heldout images",
     }  # fmt: skip
     return Number(f"frechet/{extractor.name}/floor", value, half, definition, None, "squared distance")
+
+
+def prdc(c: Comparison) -> list[Number]:
+    """``precision``, ``recall``, ``density`` and ``coverage``, each ``/<extractor>/train`` and ``.../heldout``."""
+    return [number for extractor in c.banks.extractors for number in _prdc(c, extractor)]
+
+
+def _prdc(c: Comparison, extractor: AbstractExtractor) -> Iterator[Number]:
+    k, n, names = MANIFOLD_NEIGHBORS, len(c.samples), ("precision", "recall", "density", "coverage")
+    for bank, side in SIDES:
+        rows = c.banks.rows(bank, n)
+        definition = {**c.common, **space_of(extractor), "bank": bank, "bank_size": len(rows), "neighbors": k}
+        if min(len(rows), n) <= k:
+            why = f"needs more than {k} samples and images, got {n} and {len(rows)}"
+            yield from (absent(f"{name}/{extractor.name}/{side}", why, definition) for name in names)
+            continue
+        real = c.banks.features(bank, extractor)[rows]
+        radii = c.banks.once(("radii", bank, extractor.name, n), partial(neighborhood_radii, real, k))
+        overlap = manifold_overlap(c.features(extractor), real, k, radii=radii)
+        intervals = overlap.intervals()
+        for name, value in overlap.values().items():
+            ends = intervals[name]
+            ends = None if ends is None or ends[0] == ends[1] else ends  # blocks that do not differ say nothing
+            how = {} if ends is None else {"interval": WILSON if name == "precision" else JACKKNIFE}
+            yield Number(f"{name}/{extractor.name}/{side}", value, n, {**definition, **how}, ends)

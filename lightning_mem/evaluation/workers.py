@@ -44,7 +44,7 @@ class Workers:
         own = []
         # a bar where someone is looking and waits
         hidden = None if label is not None and self.rank == 0 and rounds > 1 else True
-        for turn in tqdm(range(rounds), label, leave=False, disable=hidden):
+        for turn in tqdm(range(rounds), label, leave=False, delay=2, disable=hidden):
             self.pause()
             own.append(compute(blocks[(self.rank + turn * self.world_size) % len(blocks)]))
         found = self.gather(torch.stack(own))  # [world, rounds, block, ...]
