@@ -1,5 +1,6 @@
 """Metrics: neighbours, memorization, Fréchet distance, intervals; a pure function first, its metric second."""
 
+from lightning_mem.metrics.cache import cached_features, cached_statistics
 from lightning_mem.metrics.eidetic import EideticMemorization, eidetic_count, tiled_l2
 from lightning_mem.metrics.features import (
     AbstractExtractor,
@@ -12,8 +13,6 @@ from lightning_mem.metrics.features import (
 from lightning_mem.metrics.frechet import (
     FeatureStatistics,
     FrechetDistance,
-    cached_features,
-    cached_statistics,
     frechet_distance,
     frechet_distance_from_features,
 )
