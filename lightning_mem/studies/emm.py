@@ -5,8 +5,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from lightning_mem.data import LabelRule
 from lightning_mem.data.plan import Row
 from lightning_mem.evaluation.curves import curve
@@ -76,6 +74,8 @@ class EffectiveMemorization(AbstractStudy):
         for name, values in (("num_members", num_members), ("labels_num_members", others), ("seeds", self.seeds)):
             if not values or sorted(set(values)) != sorted(values):
                 raise ValueError(f"{name} must hold at least one number and none twice, got {values}")
+        if min(num_members + others) < 2:
+            raise ValueError(f"the ratio needs num_members of at least 2, got {min(num_members + others)}")
         for name, value in (("level", level), ("onset_ratio", onset_ratio)):
             if not 0 < value < 1:
                 raise ValueError(f"{name} must lie in (0, 1), got {value}")
@@ -110,7 +110,7 @@ class EffectiveMemorization(AbstractStudy):
         draw_emm(records, {cell: [run.records for run in own] for cell, own in cells.items()}, folder / "emm.png")
         table = emm_table(records)
         (folder / "emm.md").write_text(table)
-        Console().print(table, f"\nopen {folder / 'emm.png'}, {folder / 'emm.md'} and {folder / 'results.jsonl'}")
+        print(f"{table}\nopen {folder / 'emm.png'}, {folder / 'emm.md'} and {folder / 'results.jsonl'}")
         return records
 
     def _pooled(self, of: Record, name: str, runs: Sequence[Run], **changes: Any) -> Record:

@@ -154,15 +154,8 @@ def _sizes(axes: Axes, sizes: Sequence[int]) -> None:
 def emm_table(records: Sequence[Record]) -> str:
     """The study in Markdown: one line per cell, then the claims over all cells."""
     events = list(dict.fromkeys(r.definition["event"] for r in records if r.name == "onset/step"))
-    heads = [
-        "labels",
-        "images",
-        "seeds",
-        "ratio",
-        "held-out control",
-        "highest ratio",
-        *(f"onset: {e}" for e in events),
-    ]
+    heads = ["labels", "images", "seeds", "ratio", "held-out control", "highest ratio"]
+    heads += [f"onset: {event}" for event in events]
     lines = ["| " + " | ".join(heads) + " |", "|" + " --- |" * len(heads)]
     for ratio in _select(records, "memorization/ratio"):
         cell = {key: ratio.definition[key] for key in ("labels", "num_members")}
@@ -180,11 +173,10 @@ def emm_table(records: Sequence[Record]) -> str:
         if record.name == "emm/crossing":
             lines.append(f"* {words}: the ratio crosses {about['level']} at {_about(record, 1)} images")
         elif record.name == "onset/slope":
-            lines.append(f"* {words}: onset ({about['event']}) grows as images ** {_about(record, 2)}")
+            lines.append(f"* {words}: onset ({about['event']}) grows as images to the power of {_about(record, 2)}")
         elif record.name == "emm/gain":
-            lines.append(
-                f"* {words} at {about['num_members']:,} images: ratio {_about(record)} above {about['against']}"
-            )
+            base = WORDS.get(about["against"], about["against"])
+            lines.append(f"* {words} at {about['num_members']:,} images: ratio {_about(record)} above {base}")
         elif record.name == "emm/optimum":
             lines.append(f"* {words}: closed-form optimum on {about['num_members']:,} images {_about(record)}")
     return "\n".join(lines) + "\n"

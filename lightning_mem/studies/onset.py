@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from lightning_mem.evaluation.curves import curve, onset
 from lightning_mem.records import Record
 
-SEPARATED = "lower end above the control's upper end, twice"
+SEPARATED = "separated from the control"
 """The rule of every run's summary; its steps lie on the grid of evaluations, and it feels the number of samples."""
 
 

@@ -20,14 +20,15 @@ def optimum_ratio(run: Run) -> Record | None:
         run: A finished run; its labels condition the optimum as they do the network.
 
     Returns:
-        One record; null where the configuration has no ``process`` (no denoiser).
+        One record; null where the configuration does not name a process: no denoiser, or one of a pretrained
+        folder.
     """
-    settings = run.config["model"]["init_args"].get("process")
-    if settings is None:
+    settings = run.config["model"]["init_args"]
+    if "process" not in settings or (settings["process"] is None and settings.get("pretrained") is not None):
         return None
     parser = ArgumentParser()
-    parser.add_argument("--process", type=DiffusionProcess)
-    process = parser.instantiate(parser.parse_object({"process": settings})).process
+    parser.add_argument("--process", type=DiffusionProcess | None)
+    process = parser.instantiate(parser.parse_object({"process": settings["process"]})).process or DiffusionProcess()
     data = read_data(run.config)
     images, owners = data.bank()
     labels = data.members.labels

@@ -87,23 +87,29 @@ class Work:
         name, config = entry.row.name, self.configs[entry.row.name]
         wanted = deciding(config)
         own = self.folder / name
-        if (own / "config.yaml").is_file():
-            there = self._finished.settings_of(own)
-            if there != wanted:
-                keys = "it cannot be read" if there is None else f"it differs in {', '.join(differing(there, wanted))}"
-                raise ValueError(
-                    f"{own} holds a run with another configuration than row {name} ({keys}): name another study folder "
-                    "with --folder, or move this run away"
-                )
-        place: Path | None = own
-        if not is_finished(own):
-            place = self._finished.find(config)
+        shorter = self._check(own, wanted) if (own / "config.yaml").is_file() else False
+        place = own if is_finished(own) and not shorter else self._finished.find(config)
         changes: dict[str, Any] = {"state": "planned", "folder": str(own), "reason": ""}
         if place is not None:
             changes |= {"state": "done", "folder": str(place), "data_digest": data_digest_in(place)}
         elif entry.state == "failed":
             changes |= {"state": "failed", "reason": entry.reason}
         self.plan.update(name, digest=digest(wanted), **changes)
+
+    def _check(self, own: Path, wanted: dict[str, Any]) -> bool:
+        """Whether a row's own run was meant to end earlier; it goes on then. Any other difference is refused."""
+        there = self._finished.settings_of(own)
+        keys = ["it cannot be read"] if there is None else differing(there, wanted)
+        if there is not None and keys == ["trainer.max_steps"]:
+            steps = [settings["trainer"]["max_steps"] for settings in (there, wanted)]
+            if steps[0] < steps[1]:
+                return True
+        if keys:
+            raise ValueError(
+                f"{own} holds a run with another configuration than its row ({', '.join(keys)}): name another study "
+                "folder with --folder, or move this run away"
+            )
+        return False
 
     def _options(self, entry: Entry, text: bool = False) -> list[str]:
         """Options of ``fit`` for a row; its own settings as text, or in the file that :meth:`_write` wrote."""
