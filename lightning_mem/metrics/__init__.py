@@ -2,6 +2,7 @@
 
 from lightning_mem.metrics.cache import cached_features, cached_statistics
 from lightning_mem.metrics.eidetic import EideticMemorization, eidetic_count, tiled_l2
+from lightning_mem.metrics.extrapolation import frechet_infinity, frechet_infinity_interval
 from lightning_mem.metrics.features import (
     AbstractExtractor,
     InceptionExtractor,
@@ -69,6 +70,8 @@ __all__ = [
     "extract_features",
     "frechet_distance",
     "frechet_distance_from_features",
+    "frechet_infinity",
+    "frechet_infinity_interval",
     "jackknife_interval",
     "manifold_overlap",
     "memorization_curves",

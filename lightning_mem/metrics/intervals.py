@@ -37,7 +37,7 @@ def wilson_interval(successes: int, n: int, level: float = 0.95) -> tuple[float,
         >>> [round(end, 4) for end in wilson_interval(0, 100)]
         [0.0, 0.037]
     """
-    _check_level(level)
+    check_level(level)
     if n < 1 or not 0 <= successes <= n:
         raise ValueError(f"successes must lie in 0 .. n with n >= 1, got {successes} of {n}")
     z = NormalDist().inv_cdf((1 + level) / 2)
@@ -81,7 +81,7 @@ def bootstrap_interval(
     Source:
         Efron and Tibshirani, An Introduction to the Bootstrap (1993), section 13.3.
     """
-    _check_level(level)
+    check_level(level)
     if resamples < 20:
         raise ValueError(f"resamples must be at least 20, got {resamples}")
     tensors = [torch.as_tensor(rows) for rows in data]
@@ -126,7 +126,7 @@ def jackknife_interval(
     Source:
         Efron and Tibshirani, An Introduction to the Bootstrap (1993), section 11.5.
     """
-    _check_level(level)
+    check_level(level)
     if not 2 <= blocks <= n:
         raise ValueError(f"blocks must lie in 2 .. n = {n}, got {blocks}")
     rows = torch.arange(n)
@@ -149,7 +149,7 @@ def leave_out_interval(whole: float, without: Tensor, level: float = 0.95) -> tu
     Raises:
         ValueError: If the level is outside (0, 1) or there are fewer than 2 blocks.
     """
-    _check_level(level)
+    check_level(level)
     blocks = len(without)
     if blocks < 2:
         raise ValueError(f"without must hold at least 2 blocks, got {blocks}")
@@ -160,7 +160,8 @@ def leave_out_interval(whole: float, without: Tensor, level: float = 0.95) -> tu
     return whole - half, whole + half
 
 
-def _check_level(level: float) -> None:
+def check_level(level: float) -> None:
+    """Refuse a level outside (0, 1)."""
     if not 0 < level < 1:
         raise ValueError(f"level must lie in (0, 1), got {level}")
 
