@@ -103,9 +103,11 @@ def normalized(c: Comparison) -> list[Number]:
     """``memorization/normalized_l2`` (Carlini's adaptive distance below 1) and ``memorization/nearest_mean``."""
     numbers = []
     for bank in BANKS:
-        if c.banks.distinct(bank) < 2:
-            continue
         cut = {**c.describe(bank), "bank_size": len(c.banks.rows(bank))}
+        if c.banks.distinct(bank) < 2:
+            names = (("normalized_l2", "fraction"), ("nearest_mean", "rms-l2"))
+            numbers += [absent(f"memorization/{name}{ending(bank)}", NO_PAIR, cut, unit) for name, unit in names]
+            continue
         distances, _ = c.nearest(bank, NEIGHBORS, cut=True)
         n, k = distances.shape
         rule = {**cut, "cut": 1.0, "alpha": 0.5, "neighbors": k}

@@ -10,13 +10,11 @@ from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from lightning_mem.callbacks import EMA, SampleEvaluation
 from lightning_mem.data import MemorizationDataModule
 from lightning_mem.diffusion import DiffusionProcess, EmpiricalDenoiser, Target
-from lightning_mem.evaluation import Measure, Reference, Workers, draw_samples
-from lightning_mem.metrics import wilson_interval
+from lightning_mem.evaluation import Reference
 from lightning_mem.modules import DenoiserModule
 from lightning_mem.networks import UNetConfig
 from lightning_mem.records import read_records
 from lightning_mem.trainer import MemorizationTrainer
-from lightning_mem.types import SampleSet, to_uint8
 
 
 @pytest.fixture(scope="module")
@@ -102,91 +100,6 @@ def test_works_in_any_module_with_target(data) -> None:
     with pytest.raises(ValueError, match=r"reference=Reference.from_images"):
         Trainer(max_epochs=1, accelerator="cpu", logger=False, callbacks=[SampleEvaluation()],
                 enable_checkpointing=False, enable_progress_bar=False).fit(Oracle(target), loader, loader)  # fmt: skip
-
-
-def planted(data: MemorizationDataModule, copies: int, total: int) -> SampleSet:
-    """A known share of copies (one pixel a level off); the others average two members, so they are near neither."""
-    bank = data.members.images.clone()
-    fresh = ((bank[:total].float() + bank.roll(1, 0)[:total].float()) / 2).to(torch.uint8)
-    fresh[:copies] = bank[:copies]
-    fresh[:copies, 0, 0, 0] += 1
-    return SampleSet(fresh, torch.arange(total))
-
-
-def test_planted_copies_are_found_with_their_control(data) -> None:
-    reference = Reference.from_datamodule(data)
-    measurement = Measure(reference)(planted(data, 12, 30), step=7)
-    values = measurement.values()
-    assert values["memorization/ratio"] == 12 / 30
-    assert (values["memorization/ratio_low"], values["memorization/ratio_high"]) == wilson_interval(12, 30)
-    assert values["memorization/ratio_heldout"] == 0.0
-    assert measurement.nearest[:12].tolist() == list(range(12))
-    assert measurement.memorized.tolist() == [True] * 12 + [False] * 18
-    by_name = {r.name: r for r in measurement.records}
-    # statistics that depend on the size of the bank use equally large banks; the ratio uses all of both
-    assert by_name["memorization/normalized_l2"].definition["bank_size"] == 30
-    assert by_name["memorization/normalized_l2_heldout"].definition["bank_size"] == 30
-    assert by_name["memorization/ratio_heldout"].definition["bank_size"] == 40
-    assert by_name["memorization/ratio_heldout"].data_digest == data.heldout.digest
-
-
-def test_nearest_mean_is_rms_on_the_unit_scale(data) -> None:
-    reference = Reference.from_images(data.members.images[:20], data.heldout.images[:20])
-    samples = SampleSet(data.heldout.images[20:30], torch.arange(10))
-    difference = samples.images[:, None].double() - reference.members[None].double()
-    expected = (difference / 255).square().flatten(2).mean(2).sqrt().amin(1).mean()
-    found = Measure(reference)(samples).values()["memorization/nearest_mean"]
-    assert found == pytest.approx(float(expected), rel=1e-6)
-
-
-def test_mirrored_copies_count_where_training_flips() -> None:
-    data = MemorizationDataModule(num_members=30, num_heldout=40, flip=True)
-    data.setup()
-    mirrored = SampleSet(data.members.images.flip(-1), torch.arange(30))
-    assert Measure(Reference.from_datamodule(data))(mirrored).values()["memorization/ratio"] == 1.0
-    plain = Reference.from_images(data.members.images, data.heldout.images)
-    assert Measure(plain)(mirrored).values()["memorization/ratio"] < 0.2
-
-
-def test_without_heldout_images_the_control_is_null(data) -> None:
-    measurement = Measure(Reference.from_images(data.members.images))(planted(data, 3, 30))
-    by_name = {r.name: r for r in measurement.records}
-    assert by_name["memorization/ratio_heldout"].value is None
-    assert by_name["frechet/pixels/heldout"].value is None
-    assert "memorization/ratio_heldout" not in measurement.values()
-
-
-@pytest.mark.parametrize("world", [2, 3, 5])
-def test_dealing_out_blocks_changes_nothing(world: int) -> None:
-    rows = torch.arange(150.0)
-    pieces = {}
-
-    def worker(rank: int, gather) -> torch.Tensor:
-        return Workers(rank, world, gather).in_blocks(150, lambda places: rows[places] * 2, block=64)
-
-    for rank in range(world):  # first pass: what each process would send
-        worker(rank, lambda piece, rank=rank: pieces.setdefault(rank, piece)[None])
-    together = torch.stack([pieces[rank] for rank in range(world)])
-    assert torch.equal(worker(0, lambda piece: together), rows * 2)
-
-
-def test_padding_rows_do_not_reach_the_samples(data) -> None:
-    target = EmpiricalDenoiser(data.members.images, DiffusionProcess()).target()
-    small, large = draw_samples(target, 3, num_steps=5), draw_samples(target, 65, num_steps=5)
-    assert len(small) == 3
-    assert torch.equal(small.images, large.images[:3])
-
-
-def test_wrong_shapes_are_named(data) -> None:
-    samples = SampleSet(to_uint8(torch.zeros(2, 3, 8, 8)), torch.arange(2))
-    with pytest.raises(ValueError, match=r"samples are \(3, 8, 8\), the training images \(1, 8, 8\)"):
-        Measure(Reference.from_datamodule(data))(samples)
-
-
-def test_one_training_image_has_no_ratio(data) -> None:
-    same = data.members.images[:1].expand(5, -1, -1, -1)
-    with pytest.raises(ValueError, match="two different training images, got 1"):
-        Measure(Reference.from_images(same, data.heldout.images))(planted(data, 3, 30))
 
 
 def test_fused_average_is_the_average() -> None:

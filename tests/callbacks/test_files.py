@@ -10,40 +10,13 @@ import wandb
 from PIL import Image
 
 from lightning_mem.callbacks import Gallery, MetricsCSV, summarize
-from lightning_mem.evaluation import Measure, Reference, onset
-from lightning_mem.evaluation.ledger import drop_ledger_rows, ledger_rows, read_ledger
-from lightning_mem.evaluation.pictures import tile
+from lightning_mem.evaluation import Measure, Reference
 from lightning_mem.records import Record, write_records
 from lightning_mem.types import SampleSet
 
 
 def patterns(count: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(0, 256, (count, 1, 8, 8), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
-
-
-def test_ledger_counts_the_copies_of_each_image() -> None:
-    bank = patterns(10)
-    reference = Reference(bank, patterns(10, 1), torch.arange(10), indices=torch.arange(10) + 500)
-    samples = SampleSet(torch.cat([bank[[4, 4, 7, 4]], patterns(2, 2)]), torch.tensor([9, 8, 7, 6, 5, 4]))
-    rows = ledger_rows(samples, reference, Measure(reference)(samples), step=3)
-    assert [(row["index"], row["copies"], row["samples"]) for row in rows] == [("504", "3", "9 8 6"), ("507", "1", "7")]
-    assert {row["nearest"] for row in rows} == {"0.000000"}
-
-
-def test_ledger_names_one_image_for_both_orientations() -> None:
-    bank = patterns(5)
-    both = torch.cat([bank, bank.flip(-1)])
-    owners = torch.arange(5).repeat(2)
-    reference = Reference(both, patterns(5, 1), owners, indices=torch.arange(5), mirror=True)
-    samples = SampleSet(torch.stack([bank[2], bank[2].flip(-1)]), torch.arange(2))
-    rows = ledger_rows(samples, reference, Measure(reference)(samples), step=0)
-    assert [(row["index"], row["copies"]) for row in rows] == [("2", "2")]
-
-
-def test_ledger_rows_past_a_step_are_dropped() -> None:
-    Path("ledger.csv").write_text("step,weights,index,copies,nearest,samples\n1,ema,0,1,0.1,0\n3,ema,0,1,0.1,0\n")
-    drop_ledger_rows("ledger.csv", 2)
-    assert [row["step"] for row in read_ledger("ledger.csv")] == ["1"]
 
 
 def test_metrics_csv_continues_and_widens() -> None:
@@ -76,18 +49,6 @@ def curve(lows: list[float], control: float = 0.03, n: int = 100) -> list[Record
     return rows
 
 
-@pytest.mark.parametrize(
-    ("lows", "expected"),
-    [([0.0, 0.02, 0.05, 0.5], 20), ([0.0, 0.05, 0.02, 0.5, 0.6], 30), ([0.0, 0.0, 0.5], None), ([0.03, 0.03], None)],
-)
-def test_onset_needs_two_evaluations_above_the_control(lows: list[float], expected: int | None) -> None:
-    assert onset(curve(lows)) == expected
-
-
-def test_onset_compares_at_equal_n_only() -> None:
-    assert onset(curve([0.5, 0.6], n=99)) is None
-
-
 def test_summary_says_what_is_left_open() -> None:
     write_records("run/results.jsonl", curve([0.0, 0.2, 0.4]))
     Path("run/ledger.csv").write_text(
@@ -101,14 +62,6 @@ def test_summary_says_what_is_left_open() -> None:
         {"index": 4, "copies": 1, "nearest": 0.1},
     ]
     json.dumps(summary)
-
-
-def test_tile_puts_images_where_they_belong() -> None:
-    images = patterns(5)
-    sheet = tile(images, columns=2, gap=1)
-    assert sheet.shape == (1, 26, 17)
-    assert torch.equal(sheet[:, 9:17, 9:17], images[3])
-    assert (sheet[:, 8] == 160).all()
 
 
 @pytest.mark.parametrize(("upload", "training_images"), [("samples", False), ("pairs", True), ("none", False)])

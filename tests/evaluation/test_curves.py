@@ -1,0 +1,30 @@
+"""Onset: the first evaluation beyond doubt."""
+
+import pytest
+
+from lightning_mem.evaluation import onset
+from lightning_mem.records import Record
+
+
+def record(name: str, step: int, low: float, high: float, n: int = 100) -> Record:
+    return Record(name=name, value=(low + high) / 2, n=n, step=step, low=low, high=high)
+
+
+def curve(lows: list[float], control: float = 0.03, n: int = 100) -> list[Record]:
+    rows = []
+    for i, low in enumerate(lows):
+        rows.append(record("memorization/ratio", 10 * i, low, low + 0.1))
+        rows.append(record("memorization/ratio_heldout", 10 * i, 0.0, control, n))
+    return rows
+
+
+@pytest.mark.parametrize(
+    ("lows", "expected"),
+    [([0.0, 0.02, 0.05, 0.5], 20), ([0.0, 0.05, 0.02, 0.5, 0.6], 30), ([0.0, 0.0, 0.5], None), ([0.03, 0.03], None)],
+)
+def test_onset_needs_two_evaluations_above_the_control(lows: list[float], expected: int | None) -> None:
+    assert onset(curve(lows)) == expected
+
+
+def test_onset_compares_at_equal_n_only() -> None:
+    assert onset(curve([0.5, 0.6], n=99)) is None
