@@ -5,6 +5,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from lightning_mem.data import LabelRule
 from lightning_mem.data.plan import Row
 from lightning_mem.evaluation.curves import curve
@@ -24,13 +26,15 @@ Cells = dict[tuple[str, int], list[Run]]
 class EffectiveMemorization(AbstractStudy):
     r"""How many images can one recipe copy, do labels change it, and when does copying begin?
 
-    Trains the recipe on ``num_members`` images, for several sizes, label rules and seeds, for equally many steps, and
-    reports the ratio over size with
+    Trains the recipe on several sizes, with label rules and seeds as further factors, for equally many steps. Reports
+    the ratio over size at the last step and after equally many passes over the images, the effective model
+    memorization
 
     .. math:: \mathrm{EMM} = \max \{N : R(N) \ge 0.9\}
 
     by linear interpolation between sizes, the gain by labels at equal size, and the exponent b of
-    :math:`\text{onset} \propto N^b`.
+    :math:`\text{onset} \propto N^b`. EMM here is that of a number of steps: where onset grows in proportion to N, more
+    steps raise it. Gu et al. compare at equally many passes, Bonnaire et al. at equally many steps.
 
     Args:
         config: Files of the recipe. Steps should be enough for the smallest size to be copied; a learning rate that
@@ -101,13 +105,14 @@ class EffectiveMemorization(AbstractStudy):
                 if own:
                     cells[rule, n] = own
         records = [record for cell in cells for record in self._ratios(cells, cell)]
-        records += [record for cell in cells for record in self._gain(cells, cell)]
+        for pool in (self._equal_passes, self._gain, self._onsets):
+            records += [record for cell in cells for record in pool(cells, cell)]
         for rule in self.labels:
             records += self._crossing(cells, rule) + self._slopes(cells, rule)
-        records += [record for cell in cells for record in self._onsets(cells, cell)]
         if self.optimum:
             records += self._optima(cells)
-        draw_emm(records, {cell: [run.records for run in own] for cell, own in cells.items()}, folder / "emm.png")
+        curves = {cell: [run.records for run in own] for cell, own in cells.items()}
+        draw_emm(records, curves, folder / "emm.png", self.onset_ratio)
         table = emm_table(records)
         (folder / "emm.md").write_text(table)
         print(f"{table}\nopen {folder / 'emm.png'}, {folder / 'emm.md'} and {folder / 'results.jsonl'}")
@@ -146,6 +151,27 @@ class EffectiveMemorization(AbstractStudy):
                 )
             )  # fmt: skip
         return found
+
+    def _equal_passes(self, cells: Cells, cell: tuple[str, int]) -> list[Record]:
+        """The ratio after equally many passes over the members: as many as the largest set has had at its end."""
+        rule, n = cell
+        curves = [curve(run.records, RATIO) for run in cells[cell]]
+        per_image = min(rows[-1].step for rows in curves) / max(size for _, size in cells)
+        at = per_image * n
+        values = [
+            float(np.interp(at, [0, *(row.step for row in rows)], [0.0, *(row.value or 0.0 for row in rows)]))
+            for rows in curves
+        ]
+        mean, low, high = pooled_share(values, curves[0][-1].n)
+        about = {
+            "num_members": n, "labels": rule, "reading": "linear between evaluations", "steps_per_image": per_image,
+            "interval": "as of memorization/ratio",
+        }  # fmt: skip
+        record = self._pooled(
+            curves[0][-1], "emm/equal_passes", cells[cell], value=mean, low=low, high=high,
+            n=sum(rows[-1].n for rows in curves), definition=about,
+        )  # fmt: skip
+        return [replace(record, step=round(at))]
 
     def _gain(self, cells: Cells, cell: tuple[str, int]) -> list[Record]:
         """Difference to the first label rule at the same size, paired by seed: same images, same starting noise."""

@@ -3,11 +3,15 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from lightning_mem.evaluation.curves import COLORS, curve
 from lightning_mem.records import Record
+from lightning_mem.studies.onset import onsets
+
+RATIO, CONTROL = "memorization/ratio", "memorization/ratio_heldout"
 
 Curves = Mapping[tuple[str, int], Sequence[Sequence[Record]]]
 """Records of each run by label rule and number of members."""
@@ -15,10 +19,20 @@ Curves = Mapping[tuple[str, int], Sequence[Sequence[Record]]]
 WORDS = {"none": "no labels", "true": "true labels", "random": "random labels", "unique": "one label per image",
          "binary": "two random labels"}  # fmt: skip
 
+TICKS = [10**power * digit for power in range(7) for digit in (1, 2, 5)]
+
 
 def _select(records: Sequence[Record], name: str, **definition: object) -> list[Record]:
     wanted = definition.items()
     return [r for r in records if r.name == name and all(r.definition.get(key) == value for key, value in wanted)]
+
+
+def _size(record: Record) -> int:
+    return int(record.definition["num_members"])
+
+
+def _value(record: Record) -> float:
+    return record.value or 0.0
 
 
 def _about(record: Record, digits: int = 3) -> str:
@@ -29,20 +43,22 @@ def _about(record: Record, digits: int = 3) -> str:
     return f"{record.value:{form}}{ends}"
 
 
-def draw_emm(records: Sequence[Record], curves: Curves, path: Path) -> None:
+def draw_emm(records: Sequence[Record], curves: Curves, path: Path, onset_ratio: float = 0.1) -> None:
     """Write a PNG with three panels: ratio over size, onset over size, and all curves over steps per image.
 
     Args:
         records: Pooled ones of the study.
-        curves: The runs behind them.
+        curves: The runs behind them; onsets and curves are shown for the first label rule.
         path: Of the picture.
+        onset_ratio: See :func:`lightning_mem.studies.onset.onsets`.
     """
     figure = Figure(figsize=(13.5, 4.0), dpi=110, layout="constrained")
     left, middle, right = figure.subplots(1, 3)
     rules = list(dict.fromkeys(rule for rule, _ in curves))
+    own = {n: runs for (rule, n), runs in curves.items() if rule == rules[0]}
     _draw_ratios(left, records, curves, rules)
-    _draw_onsets(middle, records, rules[0])
-    _draw_collapse(right, {n: runs for (rule, n), runs in curves.items() if rule == rules[0]})
+    _draw_onsets(middle, _select(records, "onset/slope", labels=rules[0]), own, onset_ratio)
+    _draw_over_steps(right, own)
     for axes in (left, middle, right):
         axes.spines[["top", "right"]].set_visible(False)
         if axes.get_legend_handles_labels()[0]:
@@ -52,100 +68,93 @@ def draw_emm(records: Sequence[Record], curves: Curves, path: Path) -> None:
 
 
 def _draw_ratios(axes: Axes, records: Sequence[Record], curves: Curves, rules: Sequence[str]) -> None:
-    step = max(record.step for record in records)
     for place, (color, rule) in enumerate(zip(COLORS, rules, strict=False)):
-        rows = _select(records, "memorization/ratio", labels=rule)
-        if not rows:
-            continue
-        shift = 1 + 0.03 * place  # bars of several rules at one size stand side by side
-        sizes = [row.definition["num_members"] * shift for row in rows]
-        values = [row.value or 0.0 for row in rows]
-        low = [row.low or 0.0 for row in rows]
-        high = [row.high or 0.0 for row in rows]
-        style = "o-" if len(rows) > 1 else "o"
-        axes.plot(sizes, values, style, color=color, ms=5, label=WORDS.get(rule, rule))
+        rows = _select(records, RATIO, labels=rule)
+        sizes = [_size(row) * (1 + 0.03 * place) for row in rows]  # several rules at one size stand side by side
+        low, high = [row.low or 0.0 for row in rows], [row.high or 0.0 for row in rows]
+        axes.plot(sizes, [_value(row) for row in rows], "o-", color=color, ms=5, label=WORDS.get(rule, rule))
         if len(rows) > 1:
             axes.fill_between(sizes, low, high, color=color, alpha=0.15, lw=0)
         else:
             axes.vlines(sizes, low, high, color=color, lw=2, alpha=0.5)
         for row, size in zip(rows, sizes, strict=True):
-            runs = curves[rule, row.definition["num_members"]]
-            seeds = [curve(run, "memorization/ratio")[-1].value or 0.0 for run in runs]
-            axes.plot([size] * len(seeds), seeds, ".", color=color, ms=4, alpha=0.6)
-    control = _select(records, "memorization/ratio_heldout", labels=rules[0])
+            seeds = [_value(curve(run, RATIO)[-1]) for run in curves[rule, _size(row)]]
+            axes.plot([size] * len(seeds), seeds, ".", color=color, ms=3, alpha=0.7)
+    control = _select(records, CONTROL, labels=rules[0])
     axes.plot(
-        [row.definition["num_members"] for row in control], [row.value or 0.0 for row in control],
-        ":", color=COLORS[0], lw=1, label="held-out control",
-    )  # fmt: skip
+        [_size(row) for row in control],
+        [_value(row) for row in control],
+        ":",
+        color=COLORS[0],
+        label="held-out control",
+    )
     optimum = _select(records, "emm/optimum")
     if optimum:
-        places = [row.definition["num_members"] for row in optimum]
         axes.plot(
-            places, [row.value or 0.0 for row in optimum], "*", color="#555555", ms=10, label="closed-form optimum",
-            clip_on=False, zorder=3,
+            [_size(row) for row in optimum], [_value(row) for row in optimum], "*", color="#555555", ms=10,
+            label="closed-form optimum", clip_on=False, zorder=3,
         )  # fmt: skip
     for crossing in _select(records, "emm/crossing", labels=rules[0]):
-        level = crossing.definition["level"]
-        axes.axhline(level, color="#888888", lw=0.8, ls="--")
+        axes.axhline(crossing.definition["level"], color="#888888", lw=0.8, ls="--")
         if crossing.value is not None:
             axes.axvline(crossing.value, color=COLORS[0], lw=0.8, ls="--")
             axes.annotate(
                 f"EMM {_about(crossing, 0)}", (crossing.value, 0.02), fontsize=8, color=COLORS[0], rotation=90,
                 ha="right", va="bottom", xytext=(-2, 0), textcoords="offset points",
             )  # fmt: skip
-    _sizes(axes, sorted({n for _, n in curves}))
+    _name_sizes(axes, sorted({n for _, n in curves}))
     axes.set(ylim=(-0.03, 1.05), ylabel="memorization ratio (share of samples)")
-    axes.set_title(f"the same recipe after {step:,} steps", fontsize=10)
+    axes.set_title(f"one recipe after {max(record.step for record in records):,} steps", fontsize=10)
 
 
-def _draw_onsets(axes: Axes, records: Sequence[Record], rule: str) -> None:
-    events = list(dict.fromkeys(r.definition["event"] for r in records if r.name == "onset/step"))
-    for color, event in zip((COLORS[1], COLORS[3]), events, strict=False):
-        rows = [r for r in _select(records, "onset/step", labels=rule, event=event) if r.value is not None]
-        if not rows:
-            continue
-        sizes = [row.definition["num_members"] for row in rows]
-        values = [row.value or 0.0 for row in rows]
-        slopes = _select(records, "onset/slope", labels=rule, event=event)
-        words = f"{event}: slope {_about(slopes[0], 2)}" if slopes else event
-        axes.plot(sizes, values, "o", color=color, ms=5, label=words)
-        bars = [(size, row) for size, row in zip(sizes, rows, strict=True) if row.low is not None]
-        low = [max(row.low or 0.0, 1.0) for _, row in bars]
-        high = [max(row.high or 0.0, 1.0) for _, row in bars]
-        axes.vlines([size for size, _ in bars], low, high, color=color, lw=2, alpha=0.4)
-        if slopes and slopes[0].value is not None:
-            ends = [min(sizes), max(sizes)]
-            exponent, scale = slopes[0].value, slopes[0].definition["scale"]
-            axes.plot(ends, [scale * n**exponent for n in ends], "-", color=color, lw=1)
+def _draw_onsets(
+    axes: Axes, slopes: Sequence[Record], runs: Mapping[int, Sequence[Sequence[Record]]], onset_ratio: float
+) -> None:
+    axes.set_title("when copying begins, each run", fontsize=10)
     axes.set(yscale="log", ylabel="onset of copying (optimizer step)")
-    shown = sorted(
-        {r.definition["num_members"] for r in _select(records, "onset/step", labels=rule) if r.value is not None}
-    )
-    if shown:
-        _sizes(axes, shown)
-        bottom, top = axes.get_ylim()
-        values = [r.value for r in _select(records, "onset/step", labels=rule) if r.value is not None]
-        guide = [min(values) * n / shown[0] for n in shown]
-        axes.plot(shown, guide, ":", color="#888888", lw=1, label="in proportion to the images (slope 1)")
-        axes.set_ylim(min(bottom, guide[0]), max(top, guide[-1]))
-    axes.set_title("when copying begins", fontsize=10)
+    found = [
+        (event, n, step)
+        for n, own in runs.items()
+        for event, steps in onsets(own, onset_ratio).items()
+        for step in steps
+        if step is not None
+    ]
+    if not found:
+        return
+    for color, event in zip((COLORS[1], COLORS[3]), dict.fromkeys(event for event, _, _ in found), strict=False):
+        points = [(n, step) for name, n, step in found if name == event]
+        laws = [slope for slope in slopes if slope.definition["event"] == event]
+        words = f"{event}: slope {_about(laws[0], 2)}" if laws else event
+        axes.plot([n for n, _ in points], [step for _, step in points], "o", color=color, ms=4, label=words)
+        for law in laws:
+            ends = [min(law.definition["sizes"]), max(law.definition["sizes"])]
+            axes.plot(ends, [law.definition["scale"] * n ** _value(law) for n in ends], "-", color=color, lw=1)
+    sizes = sorted({n for _, n, _ in found})
+    first = min(step for _, n, step in found if n == sizes[0])
+    guide = [first * n / sizes[0] for n in sizes]
+    axes.plot(sizes, guide, ":", color="#888888", label="in proportion to the images (slope 1)")
+    bottom, top = axes.get_ylim()
+    ticks = [tick for tick in TICKS if bottom <= tick <= top]
+    axes.set_yticks(ticks, [f"{tick:,}" for tick in ticks])
+    axes.set_ylim(bottom, top * 1.6)  # room for the legend
+    _name_sizes(axes, sizes)
 
 
-def _draw_collapse(axes: Axes, runs: Mapping[int, Sequence[Sequence[Record]]]) -> None:
-    shades = [0.25 + 0.75 * place / max(len(runs) - 1, 1) for place in range(len(runs))]
-    for shade, (n, own) in zip(shades, runs.items(), strict=True):
+def _draw_over_steps(axes: Axes, runs: Mapping[int, Sequence[Sequence[Record]]]) -> None:
+    colors = colormaps["viridis_r"]([0.1 + 0.9 * place / max(len(runs) - 1, 1) for place in range(len(runs))])
+    for color, (n, own) in zip(colors, runs.items(), strict=True):
         for number, records in enumerate(own):
-            rows = curve(records, "memorization/ratio")
+            rows = curve(records, RATIO)
+            label = f"{n:,} images" if number == 0 else None
             axes.plot(
-                [row.step / n for row in rows], [row.value or 0.0 for row in rows], "-", color=COLORS[1], alpha=shade,
-                lw=1.2, label=f"{n} images" if number == 0 else None,
-            )  # fmt: skip
+                [row.step / n for row in rows], [_value(row) for row in rows], "-", color=color, lw=1, label=label
+            )
     axes.set(ylim=(-0.03, 1.05), xlabel="optimizer steps per training image", ylabel="memorization ratio")
-    axes.set_title("the curves of all runs without labels", fontsize=10)
+    axes.set_title("every run's curve over steps per image", fontsize=10)
 
 
-def _sizes(axes: Axes, sizes: Sequence[int]) -> None:
-    axes.set_xscale("log", base=2)
+def _name_sizes(axes: Axes, sizes: Sequence[int]) -> None:
+    axes.set_xscale("log")
     axes.set_xticks(list(sizes), [f"{n:,}" for n in sizes])
     axes.minorticks_off()
     axes.set_xlabel("training images")
@@ -154,29 +163,34 @@ def _sizes(axes: Axes, sizes: Sequence[int]) -> None:
 def emm_table(records: Sequence[Record]) -> str:
     """The study in Markdown: one line per cell, then the claims over all cells."""
     events = list(dict.fromkeys(r.definition["event"] for r in records if r.name == "onset/step"))
+    passes = [record.definition["steps_per_image"] for record in _select(records, "emm/equal_passes")]
     heads = ["labels", "images", "seeds", "ratio", "held-out control", "highest ratio"]
+    heads += [f"ratio at {passes[0]:g} steps per image"]
     heads += [f"onset: {event}" for event in events]
     lines = ["| " + " | ".join(heads) + " |", "|" + " --- |" * len(heads)]
-    for ratio in _select(records, "memorization/ratio"):
+    for ratio in _select(records, RATIO):
         cell = {key: ratio.definition[key] for key in ("labels", "num_members")}
-        others = [_select(records, name, **cell) for name in ("memorization/ratio_heldout", "emm/highest")]
+        others = [_select(records, name, **cell) for name in (CONTROL, "emm/highest", "emm/equal_passes")]
         steps = [_select(records, "onset/step", event=event, **cell) for event in events]
         shown = [_about(found[0]) if found else "none" for found in others]
         shown += [_about(found[0], 0) if found else "none" for found in steps]
         words = WORDS.get(cell["labels"], cell["labels"])
         parts = [words, f"{cell['num_members']:,}", str(ratio.definition["seeds"]), _about(ratio), *shown]
         lines.append("| " + " | ".join(parts) + " |")
-    lines.append("")
-    for record in records:
-        about = record.definition
-        words = WORDS.get(about.get("labels", ""), about.get("labels", ""))
-        if record.name == "emm/crossing":
-            lines.append(f"* {words}: the ratio crosses {about['level']} at {_about(record, 1)} images")
-        elif record.name == "onset/slope":
-            lines.append(f"* {words}: onset ({about['event']}) grows as images to the power of {_about(record, 2)}")
-        elif record.name == "emm/gain":
-            base = WORDS.get(about["against"], about["against"])
-            lines.append(f"* {words} at {about['num_members']:,} images: ratio {_about(record)} above {base}")
-        elif record.name == "emm/optimum":
-            lines.append(f"* {words}: closed-form optimum on {about['num_members']:,} images {_about(record)}")
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, "", *(claim for record in records if (claim := _claim(record)))]) + "\n"
+
+
+def _claim(record: Record) -> str:
+    """One line on a record that speaks of more than one cell; empty for the others."""
+    about = record.definition
+    words = WORDS.get(about.get("labels", ""), about.get("labels", ""))
+    if record.name == "emm/crossing":
+        return f"* {words}: the ratio crosses {about['level']} at {_about(record, 1)} images"
+    if record.name == "onset/slope":
+        return f"* {words}: onset ({about['event']}) grows as images to the power of {_about(record, 2)}"
+    if record.name == "emm/gain":
+        base = WORDS.get(about["against"], about["against"])
+        return f"* {words} at {about['num_members']:,} images: ratio {_about(record)} above {base}"
+    if record.name == "emm/optimum":
+        return f"* {words}: closed-form optimum on {about['num_members']:,} images {_about(record)}"
+    return ""

@@ -34,7 +34,7 @@ def trainings(monkeypatch: pytest.MonkeyPatch, read_config: ReadConfig) -> Train
     """No processes and no pictures: rows are written down."""
     found = Trainings(read_config)
     monkeypatch.setattr(runner, "train", found.train)
-    monkeypatch.setattr(emm, "draw_emm", lambda records, curves, path: path.touch())
+    monkeypatch.setattr(emm, "draw_emm", lambda records, curves, path, onset_ratio: path.touch())
     return found
 
 

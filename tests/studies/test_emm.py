@@ -75,6 +75,14 @@ def test_the_highest_ratio_is_another_number_than_the_last() -> None:
     assert named(found, "emm/crossing") == []
 
 
+def test_after_equally_many_passes_all_sizes_are_alike(records: list[Record]) -> None:
+    # planted: the ratio is steps / (120 images); 2400 steps on the largest set are 60 per image
+    found = named(records, "emm/equal_passes", labels="none")
+    assert [record.step for record in found] == [60 * n for n in SIZES]
+    assert [record.value for record in found] == pytest.approx([0.5] * 4)
+    assert {record.definition["steps_per_image"] for record in found} == {60}
+
+
 def test_the_crossing_is_interpolated_with_an_interval_over_seeds(records: list[Record]) -> None:
     (crossing,) = named(records, "emm/crossing", labels="none")
     assert crossing.unit == "images"

@@ -3,7 +3,8 @@
 import json
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,9 @@ import yaml
 from tiny_study import OVERRIDES, TINY, Trainings, init_args, ratio_curve, write_run
 
 from lightning_mem.cli import main
-from lightning_mem.data.plan import claimed, read_plan
-from lightning_mem.records import TIME_FIELDS, read_records
-from lightning_mem.studies import ReadConfig, emm
+from lightning_mem.data.plan import Row, claimed, read_plan
+from lightning_mem.records import TIME_FIELDS, Record, read_records
+from lightning_mem.studies import AbstractStudy, ReadConfig, Run, emm, runner
 from lightning_mem.studies.emm_picture import draw_emm
 from lightning_mem.studies.recipe import deciding
 from lightning_mem.studies.runner import seconds_per_step, step_of
@@ -250,6 +251,26 @@ def test_a_members_file_counts_by_its_content(by_hand) -> None:
     assert deciding(same) == deciding(config)
     Path("copy.txt").write_text("\n".join(map(str, range(1, 41))))
     assert deciding(same) != deciding(config)
+
+
+class Subsets(AbstractStudy):
+    """Some member files, as a study of shadow models or of subsets would name them."""
+
+    def rows(self) -> list[Row]:
+        return [Row(f"subset{k}", seed=k, members=f"subset{k}.json") for k in range(2)]
+
+    def report(self, runs: Sequence[Run], folder: Path) -> list[Record]:
+        return [replace(run.records[-1], name="memorization/ratio", run=run.row.name) for run in runs]
+
+
+def test_another_study_of_member_files_needs_rows_and_a_report_only(trainings, read_config: ReadConfig) -> None:
+    for k in range(2):
+        Path(f"subset{k}.json").write_text(str(list(range(k, k + 9))))
+    runner.study(Subsets([str(TINY)]), "studies/subsets", reuse=[], read_config=read_config)
+    assert trainings.rows == ["subset0", "subset1"]
+    kept = json.loads(Path("studies/subsets/subset1/members.json").read_text())
+    assert kept["members"]["indices"] == list(range(1, 10))
+    assert [record.run for record in read_records("studies/subsets/results.jsonl")] == ["subset0", "subset1"]
 
 
 def test_step_and_speed_of_a_run() -> None:
