@@ -1,7 +1,8 @@
 """Fixtures of the studies' tests."""
 
+import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from lightning_mem.studies import EffectiveMemorization, ReadConfig, Settings, e
 
 @pytest.fixture(scope="session")
 def read_config() -> ReadConfig:
-    """Of a command line that is built once for all tests."""
+    """Of a command line that is built once for all tests; equal texts are parsed once."""
     from lightning_mem import cli
 
     found: list[ReadConfig] = []
@@ -26,7 +27,18 @@ def read_config() -> ReadConfig:
         patch.setattr(sys, "argv", ["lightning-mem"])
         patch.setitem(cli.FOLDER_VERBS, "borrow", borrow)
         cli.run(["borrow"])
-    return found[0]
+    known: dict[tuple[str, ...], str] = {}
+
+    def content(option: str) -> str:
+        return Path(option).read_text() if "\n" not in option and Path(option).is_file() else option
+
+    def read(options: Sequence[str]) -> dict[str, Any]:
+        key = tuple(map(content, options))
+        if key not in known:
+            known[key] = json.dumps(found[0](options))
+        return json.loads(known[key])
+
+    return read
 
 
 @pytest.fixture
