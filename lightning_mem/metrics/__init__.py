@@ -1,5 +1,6 @@
 """Metrics: neighbours, memorization, Fréchet distance, intervals; a pure function first, its metric second."""
 
+from lightning_mem.metrics.authpct import Authenticity, authentic, authenticity, own_nearest_distances
 from lightning_mem.metrics.cache import cached_features, cached_statistics
 from lightning_mem.metrics.eidetic import EideticMemorization, eidetic_count, tiled_l2
 from lightning_mem.metrics.extrapolation import frechet_infinity, frechet_infinity_interval
@@ -18,6 +19,7 @@ from lightning_mem.metrics.frechet import (
     frechet_distance_from_features,
 )
 from lightning_mem.metrics.intervals import bootstrap_interval, jackknife_interval, wilson_interval
+from lightning_mem.metrics.kernel import kernel_distance, memorization_informed_frechet_distance
 from lightning_mem.metrics.manifold import (
     ManifoldOverlap,
     PrecisionRecallDensityCoverage,
@@ -43,10 +45,13 @@ from lightning_mem.metrics.scores import (
     unique_memorization_score,
 )
 from lightning_mem.metrics.sscd import SSCDExtractor
+from lightning_mem.metrics.three_sample import DataCopying, data_copying
 
 __all__ = [
     "SSCD_BANDS",
     "AbstractExtractor",
+    "Authenticity",
+    "DataCopying",
     "EideticMemorization",
     "FeatureStatistics",
     "FrechetDistance",
@@ -60,11 +65,14 @@ __all__ = [
     "SSCDExtractor",
     "SamplePhases",
     "TimmExtractor",
+    "authentic",
+    "authenticity",
     "average_memorization_score",
     "bootstrap_interval",
     "build_extractor",
     "cached_features",
     "cached_statistics",
+    "data_copying",
     "duplicate_groups",
     "eidetic_count",
     "extract_features",
@@ -73,13 +81,16 @@ __all__ = [
     "frechet_infinity",
     "frechet_infinity_interval",
     "jackknife_interval",
+    "kernel_distance",
     "manifold_overlap",
     "memorization_curves",
+    "memorization_informed_frechet_distance",
     "memorization_ratio",
     "memorized",
     "nearest_neighbors",
     "neighborhood_radii",
     "normalized_l2",
+    "own_nearest_distances",
     "phase_shares",
     "phase_threshold",
     "prdc",

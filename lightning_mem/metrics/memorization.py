@@ -125,7 +125,7 @@ def _checked_distances(distances: Tensor) -> Tensor:
     return rows
 
 
-class _ShareNearBank(Metric):
+class ShareNearBank(Metric):
     """Share of images that a rule on their nearest bank images picks out; integer counts, so exact under DDP.
 
     The bank is a plain attribute: neither parameter, buffer nor state, so no checkpoint holds a training image.
@@ -153,14 +153,13 @@ class _ShareNearBank(Metric):
         for name in ("hits", "total"):
             self.add_state(name, default=torch.tensor(0, dtype=torch.int64), dist_reduce_fx="sum")
 
-    def _nearest(self, images: Tensor, k: int) -> Tensor:
+    def _neighbors(self, images: Tensor, k: int) -> tuple[Tensor, Tensor]:
         check_images("images", images)
         if tuple(images.shape[1:]) != tuple(self.bank.shape[1:]):
             raise ValueError(
                 f"images must have the bank's shape {tuple(self.bank.shape[1:])}, got {tuple(images.shape[1:])}"
             )
-        distances, _ = nearest_neighbors(images, self.bank, k, groups=self.groups, chunk_bytes=self.chunk_bytes)
-        return distances
+        return nearest_neighbors(images, self.bank, k, groups=self.groups, chunk_bytes=self.chunk_bytes)
 
     def _count(self, hit: Tensor) -> None:
         self.hits += hit.sum().to(self.hits.device)
@@ -182,7 +181,7 @@ class _ShareNearBank(Metric):
             return wilson_interval(int(self.hits), int(self.total), level)
 
 
-class MemorizationRatio(_ShareNearBank):
+class MemorizationRatio(ShareNearBank):
     """Share of images that are replicas of a bank image (:func:`memorization_ratio`).
 
     Lower is better; bounds 0 and 1; from one image on.
@@ -212,10 +211,10 @@ class MemorizationRatio(_ShareNearBank):
 
     def update(self, images: Tensor) -> None:
         """Count the replicas among uint8 images [B, C, H, W]."""
-        self._count(memorized(self._nearest(images, 2), self.threshold))
+        self._count(memorized(self._neighbors(images, 2)[0], self.threshold))
 
 
-class NormalizedL2(_ShareNearBank):
+class NormalizedL2(ShareNearBank):
     """Share of images whose adaptive distance to the bank is below a cut (:func:`normalized_l2`).
 
     Lower is better; bounds 0 and 1; from one image on. It depends on the size of the bank: compare banks of equal size.
@@ -254,4 +253,4 @@ class NormalizedL2(_ShareNearBank):
 
     def update(self, images: Tensor) -> None:
         """Count the uint8 images [B, C, H, W] below the cut."""
-        self._count(normalized_l2(self._nearest(images, self.k), self.alpha) < self.cut)
+        self._count(normalized_l2(self._neighbors(images, self.k)[0], self.alpha) < self.cut)
