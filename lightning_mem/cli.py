@@ -41,8 +41,9 @@ class VerbParser(LightningArgumentParser):
         """Lightning asks for this once, and adds the verbs of the Trainer to what it gets."""
         verbs = super().add_subcommands(*args, **kwargs)
         for name, function in FOLDER_VERBS.items():
-            first = (inspect.getdoc(function) or "").partition("\n")[0]
-            parser = LightningArgumentParser(description=first)
+            words = (inspect.getdoc(function) or "").partition("\nArgs:")[0]
+            first = words.partition("\n")[0]
+            parser = LightningArgumentParser(description=words)
             parser.add_argument("-c", "--config", action=ActionConfigFile, help="Path to a configuration file in yaml.")
             if name in OPTIONS:
                 OPTIONS[name](parser)
