@@ -94,8 +94,9 @@ def _distinct(name: str, images: Tensor, hit: Tensor, available: int, definition
     interval = None
     if found >= FEWEST_IMAGES and n >= 20:
         low, high = jackknife_interval(count, n)
-        interval = (max(0.0, low), min(high, float(available)))
-        definition = {**definition, "interval": JACKKNIFE}
+        if low < high:  # blocks that do not differ say nothing
+            interval = (max(0.0, low), min(high, float(available)))
+            definition = {**definition, "interval": JACKKNIFE}
     return Number(name, found, n, definition, interval, "images")
 
 

@@ -1,5 +1,6 @@
 """How near the distribution of samples is to that of real images, in each feature space."""
 
+import math
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -10,14 +11,25 @@ from lightning_mem.evaluation.comparison import Bank, Comparison
 from lightning_mem.evaluation.numbers import JACKKNIFE, WILSON, Number, absent
 from lightning_mem.metrics import (
     AbstractExtractor,
+    FeatureStatistics,
     frechet_distance_from_features,
+    frechet_infinity,
+    frechet_infinity_interval,
     jackknife_interval,
+    kernel_distance,
     manifold_overlap,
+    memorization_informed_frechet_distance,
     neighborhood_radii,
 )
 
 INTERVAL_DIM = 512
 """Fréchet intervals (20 solves each) are given up to this feature size; above it they would outlast the sampling."""
+
+PARTS = 5
+"""Most parts that the extrapolation to infinitely many samples deals them into."""
+
+INFINITY_DIM = 64
+"""Its intervals (300 solves each) are given up to this feature size."""
 
 MANIFOLD_NEIGHBORS = 5
 """k of precision, recall, density and coverage."""
@@ -96,3 +108,70 @@ def _prdc(c: Comparison, extractor: AbstractExtractor) -> Iterator[Number]:
             ends = None if ends is None or ends[0] == ends[1] else ends  # blocks that do not differ say nothing
             how = {} if ends is None else {"interval": WILSON if name == "precision" else JACKKNIFE}
             yield Number(f"{name}/{extractor.name}/{side}", value, n, {**definition, **how}, ends)
+
+
+def infinite(c: Comparison) -> list[Number]:
+    """``frechet_infinity/<extractor>/train`` and ``.../heldout``: the Fréchet distance at infinitely many samples."""
+    numbers, unit = [], "squared distance"
+    for extractor in c.banks.extractors:
+        features = c.features(extractor)
+        n, dim = features.shape
+        for bank, side in SIDES:
+            real = c.banks.features(bank, extractor) if len(c.banks.images(bank)) else features[:0]
+            name = f"frechet_infinity/{extractor.name}/{side}"
+            definition = {**c.common, **space_of(extractor), "bank": bank, "bank_size": len(real), "parts": PARTS}
+            # training images are all there are; held-out ones stand for what is not there
+            least = PARTS * (dim + 1)
+            if min(n, n if bank == "members" else len(real)) < least or len(real) < 2:
+                why = f"needs {least} samples and held-out images for {dim} features, got {n} and {len(real)}"
+                numbers.append(absent(name, why, definition, unit))
+                continue
+            reference = FeatureStatistics.from_features(real) if bank == "members" else real
+            ends = frechet_infinity_interval(features, reference, parts=PARTS) if dim <= INFINITY_DIM else None
+            how = {} if ends is None else {"interval": JACKKNIFE}
+            value = frechet_infinity(features, reference, parts=PARTS)
+            numbers.append(Number(name, value, n, {**definition, **how}, ends, unit))
+    return numbers
+
+
+def kernel(c: Comparison) -> list[Number]:
+    """``kernel/<extractor>/train`` and ``.../heldout``, squared MMD; ``kid/...`` only with Inception's own weights."""
+    numbers = []
+    for extractor in c.banks.extractors:
+        for bank, side in SIDES:
+            rows = c.banks.rows(bank)
+            definition = {**c.common, **space_of(extractor), "bank": bank, "bank_size": len(rows)}
+            names = [f"kernel/{extractor.name}/{side}"]
+            names += [f"kid/{side}"] if getattr(extractor, "official", False) else []
+            n = len(c.samples)
+            if min(n, len(rows)) < 2:
+                why = f"needs 2 images, got {len(rows)}"
+                numbers += [absent(name, why, definition, "squared mmd") for name in names]
+                continue
+            value = kernel_distance(c.features(extractor), c.banks.features(bank, extractor)[rows])
+            numbers += [Number(name, value, n, definition, None, "squared mmd") for name in names]
+    return numbers
+
+
+def mifid(c: Comparison) -> list[Number]:
+    """``mifid/<extractor>/train`` and ``.../heldout``: Fréchet distance over how near samples are to the members."""
+    numbers, unit = [], "squared distance"
+    for extractor in c.banks.extractors:
+        if not extractor.name.startswith("inception"):  # its cut was chosen for that space
+            continue
+        for bank, side in SIDES:
+            name, size = f"mifid/{extractor.name}/{side}", len(c.banks.images(bank))
+            definition = {**c.common, **space_of(extractor), "bank": bank, "bank_size": size, "eps": 0.1}
+            if min(size, len(c.samples)) < 2:
+                numbers.append(absent(name, f"needs 2 images, got {size}", definition, unit))
+                continue
+            value = memorization_informed_frechet_distance(
+                c.features(extractor),
+                c.banks.features(bank, extractor),
+                training=c.banks.features("members", extractor),
+            )
+            if math.isinf(value):
+                numbers.append(absent(name, "infinite: every sample is an exact copy", definition, unit))
+                continue
+            numbers.append(Number(name, value, len(c.samples), definition, None, unit))
+    return numbers

@@ -8,7 +8,14 @@ from planting import patterns, side_by_side
 from torch import Tensor
 
 from lightning_mem.evaluation import Banks, Comparison, Reference, Rules, Workers, cache_folder
-from lightning_mem.metrics import AbstractExtractor, nearest_neighbors
+from lightning_mem.evaluation.bands import scores
+from lightning_mem.metrics import (
+    SSCD_BANDS,
+    AbstractExtractor,
+    average_memorization_score,
+    nearest_neighbors,
+    unique_memorization_score,
+)
 from lightning_mem.types import SampleSet
 
 
@@ -103,3 +110,29 @@ def test_the_cache_folder_follows_option_environment_and_home(monkeypatch: pytes
 def test_rules_outside_their_range_are_refused(threshold: float, delta: float) -> None:
     with pytest.raises(ValueError, match=r"must lie in \(0, 1\)"):
         Rules(threshold, delta)
+
+
+@pytest.mark.parametrize("world", [1, 3])
+def test_sscd_scores_are_those_of_the_whole_matrix_of_cosines(world: int) -> None:
+    """A stand-in of SSCD's name; its features are dealt out, and the matrix is never held by the code under test."""
+    members, samples = patterns(30), patterns(50, 3)
+    samples[:9] = members[:9] // 2 + samples[:9] // 2  # near in direction
+    reference = Reference.from_images(members, patterns(40, 1))
+
+    def work(workers: Workers) -> dict[str, float | None]:
+        extractor = Counted()
+        extractor.name = "sscd"
+        comparison = Comparison(SampleSet(samples, torch.arange(50)), Banks(reference, [extractor], workers), Rules())
+        return {number.name: number.value for number in scores(comparison)}
+
+    centred = [Counted()._features(images).double() for images in (samples, members)]
+    cosines = torch.nn.functional.normalize(centred[0]) @ torch.nn.functional.normalize(centred[1]).T
+    expected = {
+        kind: score(cosines.float(), SSCD_BANDS)
+        for kind, score in (("ams", average_memorization_score), ("ums", unique_memorization_score))
+    }
+    assert sum(expected["ams"].values()) > 0
+    for found in side_by_side(world, work):
+        for kind, values in expected.items():
+            for band, value in values.items():
+                assert found[f"memorization/{kind}/sscd/{band}"] == pytest.approx(value, abs=1e-12)

@@ -19,7 +19,7 @@ def data() -> MemorizationDataModule:
     return module
 
 
-def planted(data: MemorizationDataModule, copies: int, total: int) -> SampleSet:
+def planted_copies(data: MemorizationDataModule, copies: int, total: int) -> SampleSet:
     """A known share of copies (one pixel a level off); the others average two members, so they are near neither."""
     bank = data.members.images.clone()
     fresh = ((bank[:total].float() + bank.roll(1, 0)[:total].float()) / 2).to(torch.uint8)
@@ -30,7 +30,7 @@ def planted(data: MemorizationDataModule, copies: int, total: int) -> SampleSet:
 
 def test_planted_copies_are_found_with_their_control(data) -> None:
     reference = Reference.from_datamodule(data)
-    measurement = Measure(reference)(planted(data, 12, 30), step=7)
+    measurement = Measure(reference)(planted_copies(data, 12, 30), step=7)
     values = measurement.values()
     assert values["memorization/ratio"] == 12 / 30
     assert (values["memorization/ratio_low"], values["memorization/ratio_high"]) == wilson_interval(12, 30)
@@ -64,7 +64,7 @@ def test_mirrored_copies_count_where_training_flips() -> None:
 
 
 def test_without_heldout_images_the_control_is_null(data) -> None:
-    measurement = Measure(Reference.from_images(data.members.images))(planted(data, 3, 30))
+    measurement = Measure(Reference.from_images(data.members.images))(planted_copies(data, 3, 30))
     by_name = {r.name: r for r in measurement.records}
     assert by_name["memorization/ratio_heldout"].value is None
     assert by_name["frechet/pixels/heldout"].value is None
@@ -94,7 +94,7 @@ def test_wrong_shapes_are_named(data) -> None:
 def test_one_training_image_has_no_ratio(data) -> None:
     same = data.members.images[:1].expand(5, -1, -1, -1)
     with pytest.raises(ValueError, match="two different training images, got 1"):
-        Measure(Reference.from_images(same, data.heldout.images))(planted(data, 3, 30))
+        Measure(Reference.from_images(same, data.heldout.images))(planted_copies(data, 3, 30))
 
 
 @pytest.mark.parametrize("world", [2, 3])
@@ -141,6 +141,52 @@ def test_eidetic_counts_see_duplicates_in_the_training_set(planted: Planted) -> 
     ).values()
     assert values["memorization/extracted"] == 1.0
     assert values["memorization/eidetic_k"] == 13.0
+
+
+def test_copies_are_not_authentic_and_unseen_images_are_half_the_time(data: MemorizationDataModule) -> None:
+    reference = Reference.from_datamodule(data)
+    values = Measure(reference, metrics=["authenticity", "data_copying"])(planted_copies(data, 12, 30)).values()
+    assert 1 - values["authenticity/pixels/train"] >= 12 / 30  # all copies, and what lies near by chance
+    everything = Measure(reference, metrics=["authenticity"])(SampleSet(data.members.images, torch.arange(30))).values()
+    assert everything["authenticity/pixels/train"] == 0.0
+    assert everything["authenticity/pixels/heldout"] > 0.2
+    assert 0.2 < everything["authenticity/pixels/unseen"] < 0.8
+    assert values["data_copying/pixels"] < -2
+
+
+def test_the_extrapolated_distance_takes_off_the_bias_of_few_samples() -> None:
+    """Two halves of one distribution: the plain distance is far from 0, the extrapolated one near it."""
+    draw = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (1200, 1, 2, 2), generator=draw, dtype=torch.uint8)
+    measure = Measure(Reference.from_images(images[:400], images[400:800]), metrics=["frechet", "frechet_infinity"])
+    values = measure(SampleSet(images[800:], torch.arange(400))).values()
+    plain, extrapolated = values["frechet/pixels/heldout"], values["frechet_infinity/pixels/heldout"]
+    assert abs(extrapolated) < plain
+    assert values["frechet_infinity/pixels/heldout_low"] < 0.002
+
+
+def test_kernel_distance_is_the_formula_on_banks_of_equal_size(planted: Planted) -> None:
+    measure = Measure(Reference.from_images(planted.members, planted.heldout), metrics=["kernel"])
+    records = {record.name: record for record in measure(planted.samples).records}
+    x = planted.samples.images.flatten(1).double() / 255
+    rows = measure.reference.cut(planted.heldout, "heldout")
+    for name, y in (("train", planted.members), ("heldout", planted.heldout[rows])):
+        y = y.flatten(1).double() / 255
+        k = lambda a, b: (a @ b.T / 64 + 1) ** 3  # noqa: E731
+        n, m = len(x), len(y)
+        within = (k(x, x).sum() - k(x, x).trace()) / (n * (n - 1)) + (k(y, y).sum() - k(y, y).trace()) / (m * (m - 1))
+        assert records[f"kernel/pixels/{name}"].value == pytest.approx(float(within - 2 * k(x, y).mean()), abs=1e-9)
+        assert records[f"kernel/pixels/{name}"].definition["bank_size"] == 40
+
+
+def test_what_cannot_be_given_says_why(planted: Planted) -> None:
+    few = SampleSet(planted.samples.images[:4], torch.arange(4))
+    records = Measure(Reference.from_images(planted.members), metrics=EVERY)(few).records
+    undefined = {record.name: record.definition.get("undefined") for record in records if record.value is None}
+    assert undefined["data_copying/pixels"] == "there are no held-out images"
+    assert "more than 5" in undefined["precision/pixels/train"]
+    assert "325 samples" in undefined["frechet_infinity/pixels/train"]
+    assert "memorization/ratio" not in undefined
 
 
 def test_an_unknown_metric_is_refused_with_the_known_ones(planted: Planted) -> None:
