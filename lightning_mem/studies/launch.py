@@ -35,7 +35,7 @@ class Stop:
                 signal.signal(number, handler)
 
 
-def train(options: Sequence[str], log: Path, stop: Stop, lock: int, look: Callable[[], None]) -> int:
+def train_row(options: Sequence[str], log: Path, stop: Stop, lock: int, look: Callable[[], None]) -> int:
     """Run ``python -m lightning_mem fit`` with these options to its end.
 
     Args:

@@ -18,7 +18,7 @@ from lightning_mem.data.plan import Entry, Plan, claimed
 from lightning_mem.evaluation.curves import curve
 from lightning_mem.records import Record, atomic_write, digest, read_records
 from lightning_mem.studies.base import AbstractStudy, ReadConfig, Run
-from lightning_mem.studies.launch import Stop, last_words, train
+from lightning_mem.studies.launch import Stop, last_words, train_row
 from lightning_mem.studies.recipe import FinishedRuns, data_digest_in, deciding, differing, is_finished
 
 
@@ -26,6 +26,7 @@ def study(
     study: AbstractStudy,
     folder: str,
     dry_run: bool = False,
+    train: bool = True,
     reuse: list[str] | None = None,
     *,
     read_config: ReadConfig,
@@ -39,6 +40,7 @@ def study(
         study: Which study, by ``class_path``; ``--study.help CLASS`` lists its arguments.
         folder: Of the study: run folders by row, ``plan.jsonl``, logs, ``results.jsonl``, pictures.
         dry_run: Only show the rows, which of them are there already, and how long the others will take.
+        train: False reports on the finished rows and trains none.
         reuse: Folders below which a finished run with equal settings and images spares a training; null takes the
             folder that holds ``folder``. An empty list looks nowhere but in ``folder`` itself.
         read_config: Given by the command line.
@@ -53,8 +55,12 @@ def study(
         return
     with claimed(folder) as lock:
         work = Work(study, Path(folder), reuse, read_config)
-        failed = work.train(lock)
-        work.report()
+        work.plan.save()
+        failed = work.train(lock) if train else []
+        if not work.report():
+            sys.exit(f"nothing to report: none of the {len(work.plan)} rows is finished")
+    if not train and work.missing():
+        print(f"{len(work.missing())} of {len(work.plan)} rows are not finished: they are not in these numbers")
     if failed:
         lines = [f"{entry.row.name}: {entry.reason} (log: {work.log(entry)})" for entry in failed]
         sys.exit(f"{len(failed)} of {len(work.plan)} rows failed; start again to try them again:\n" + "\n".join(lines))
@@ -143,7 +149,6 @@ class Work:
             SystemExit: If a signal stopped it; the plan is saved.
         """
         missing = self.missing()
-        self.plan.save()
         done = len(self.plan) - len(missing)
         with Stop().listening() as stop, tqdm(total=len(self.plan), initial=done, desc="rows", unit="row") as bar:
             for entry in missing:
@@ -172,7 +177,7 @@ class Work:
         def look() -> None:
             bar.set_postfix_str(f"{name} step {step_of(own)}/{last}")
 
-        code = train(options, self.log(entry), stop, lock, look)
+        code = train_row(options, self.log(entry), stop, lock, look)
         if code == 0 and is_finished(own):
             self.plan.update(name, state="done", data_digest=data_digest_in(own))
         elif stop.signal is not None:

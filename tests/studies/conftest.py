@@ -45,7 +45,7 @@ def read_config() -> ReadConfig:
 def trainings(monkeypatch: pytest.MonkeyPatch, read_config: ReadConfig) -> Trainings:
     """No processes and no pictures: rows are written down."""
     found = Trainings(read_config)
-    monkeypatch.setattr(runner, "train", found.train)
+    monkeypatch.setattr(runner, "train_row", found.train)
     monkeypatch.setattr(emm, "draw_emm", lambda records, curves, path, onset_ratio: path.touch())
     return found
 
@@ -55,11 +55,15 @@ def study(read_config: ReadConfig) -> Callable[..., Path]:
     """Run a study of the tiny run; returns its folder."""
 
     def call(
-        folder: str = "studies/one", dry_run: bool = False, reuse: list[str] | None = None, **changes: Any
+        folder: str = "studies/one",
+        dry_run: bool = False,
+        train: bool = True,
+        reuse: list[str] | None = None,
+        **changes: Any,
     ) -> Path:
         own = init_args(**changes)
         small = EffectiveMemorization(**{**own, "overrides": Settings(own["overrides"])})
-        runner.study(small, folder, dry_run, reuse, read_config=read_config)
+        runner.study(small, folder, dry_run, train, reuse, read_config=read_config)
         return Path(folder)
 
     return call

@@ -96,6 +96,17 @@ def test_a_finished_study_trains_nothing_and_reports_again(study, trainings: Tra
     assert trainings.rows == []
 
 
+def test_a_report_without_training_says_what_is_not_in_it(study, trainings: Trainings, capsys) -> None:
+    with pytest.raises(SystemExit, match="nothing to report: none of the 2 rows is finished"):
+        study(train=False)
+    study(num_members=[20])
+    shown(capsys)
+    folder = study(train=False)
+    assert trainings.rows == ["n20_none_seed0"]
+    assert "1 of 2 rows are not finished: they are not in these numbers" in shown(capsys)
+    assert {r.definition["num_members"] for r in read_records(folder / "results.jsonl")} == {20}
+
+
 def test_rows_that_another_plan_trained_are_reused(study, trainings: Trainings) -> None:
     study("studies/one")
     trainings.rows.clear()
