@@ -8,6 +8,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from lightning_mem.data.datamodule import BLOCK
 from lightning_mem.evaluation.reference import Reference
@@ -127,7 +128,9 @@ class Banks:
     def extract(self, images: Tensor, extractor: AbstractExtractor) -> Tensor:
         """Features float32 [N, d] on the measuring device, dealt out over the processes."""
         device = self.workers.device
-        return self.workers.in_blocks(len(images), lambda rows: extractor(images[rows].to(device)))
+        return self.workers.in_blocks(
+            len(images), lambda rows: extractor(images[rows].to(device)), label=f"{extractor.name} of samples"
+        )
 
     def features(self, bank: Bank, extractor: AbstractExtractor) -> Tensor:
         """Features of reference images, from the disk where they are there."""
@@ -139,8 +142,23 @@ class Banks:
             return self.extract(images, extractor)
         # every process keeps the blocks that fall to it: nobody waits for another, and no file has two writers
         own, together = self.workers.share(len(images))
-        found = cached_features(images[own], extractor, self.cache_dir, block=BLOCK)
+        hidden = None if self.workers.rank == 0 else True
+        with tqdm(total=len(own), desc=f"{extractor.name} of {bank}", leave=False, delay=2, disable=hidden) as bar:
+            found = cached_features(images[own], _Watched(extractor, bar), self.cache_dir, block=BLOCK)
         return together(found.to(self.workers.device))
+
+
+class _Watched(AbstractExtractor):
+    """An extractor that moves a bar."""
+
+    def __init__(self, extractor: AbstractExtractor, bar: tqdm) -> None:
+        self.name, self.dim, self.digest = extractor.name, extractor.dim, extractor.digest
+        self.resize, self.device = extractor.resize, extractor.device
+        self._extractor, self._bar = extractor, bar
+
+    def _features(self, images: Tensor) -> Tensor:
+        self._bar.update(len(images))
+        return self._extractor._features(images)
 
 
 @dataclass

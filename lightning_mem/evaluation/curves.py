@@ -1,5 +1,6 @@
 """The curve of a run: memorization ratio beside its control, and Fréchet distances, over optimizer steps."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -30,11 +31,14 @@ def onset(records: Sequence[Record]) -> int | None:
         The step; null where it did not happen, or there is no control.
     """
     control = {(r.step, r.n): r for r in curve(records, "memorization/ratio_heldout") if r.high is not None}
+    ratios = curve(records, "memorization/ratio")
+    usual = Counter(record.n for record in ratios).most_common(1)  # a last `test` with more samples is no "next one"
     above = []
-    for record in curve(records, "memorization/ratio"):
+    for record in ratios:
         null = control.get((record.step, record.n))
-        if null is not None and null.high is not None and record.low is not None:
-            above.append((record.step, record.low > null.high))
+        if null is None or null.high is None or record.low is None or record.n != usual[0][0]:
+            continue
+        above.append((record.step, record.low > null.high))
     for (step, now), (_, then) in pairwise(above):
         if now and then:
             return step

@@ -28,3 +28,8 @@ def test_onset_needs_two_evaluations_above_the_control(lows: list[float], expect
 
 def test_onset_compares_at_equal_n_only() -> None:
     assert onset(curve([0.5, 0.6], n=99)) is None
+
+
+def test_a_last_test_with_more_samples_is_no_next_evaluation() -> None:
+    last = [record("memorization/ratio", 20, 0.5, 0.6, 400), record("memorization/ratio_heldout", 20, 0.0, 0.03, 400)]
+    assert onset([*curve([0.0, 0.0, 0.5]), *last]) is None
