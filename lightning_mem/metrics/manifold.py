@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -241,7 +242,7 @@ class PrecisionRecallDensityCoverage(Metric):
     is_differentiable = False
     higher_is_better = True
     full_state_update = False
-    features: list[Tensor]
+    features: list[Tensor] | Tensor  # one tensor once processes have gathered
 
     def __init__(
         self,
@@ -272,7 +273,13 @@ class PrecisionRecallDensityCoverage(Metric):
                 f"reference has {self.reference.shape[1]} features, these images give {features.shape[1]}: "
                 "images and reference must have the same shape and extractor"
             )
-        self.features.append(features)
+        cast(list[Tensor], self.features).append(features)
+
+    def sync(self, *given: Any, **options: Any) -> None:
+        """Gather the processes' states (torchmetrics' own, which knows no shape where a process saw no image)."""
+        if isinstance(self.features, list) and not self.features:
+            self.features.append(torch.empty(0, self.reference.shape[1], device=self.device))
+        super().sync(*given, **options)
 
     def overlap(self) -> ManifoldOverlap:
         """The counts over the samples held; its ``intervals`` say how sure the numbers are.
@@ -280,7 +287,7 @@ class PrecisionRecallDensityCoverage(Metric):
         Raises:
             ValueError: If k images or fewer were given.
         """
-        n = sum(len(part) for part in self.features)
+        n = len(self.features) if isinstance(self.features, Tensor) else sum(len(part) for part in self.features)
         if n <= self.k:
             raise ValueError(f"{type(self).__name__} needs at least {self.k + 1} images for k = {self.k}, got {n}")
         held = dim_zero_cat(self.features)

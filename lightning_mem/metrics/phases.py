@@ -1,7 +1,7 @@
 """Memorized, spurious, generalized: near a training image, near other samples only, near neither."""
 
 import math
-from typing import Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor
@@ -131,8 +131,8 @@ class SamplePhases(Metric):
     is_differentiable = False
     higher_is_better = False
     full_state_update = False
-    samples: list[Tensor]
-    to_members: list[Tensor]
+    samples: list[Tensor] | Tensor  # one tensor once processes have gathered
+    to_members: list[Tensor] | Tensor
 
     def __init__(
         self, bank: Rows, delta_members: float, delta_samples: float, *, chunk_bytes: int | None = None
@@ -155,8 +155,15 @@ class SamplePhases(Metric):
                 f"images must have the bank's shape {tuple(self.bank.shape[1:])}, got {tuple(images.shape[1:])}"
             )
         nearest, _ = nearest_neighbors(images, self.bank, 1, chunk_bytes=self.chunk_bytes)
-        self.samples.append(images)
-        self.to_members.append(nearest[:, 0])
+        for state, part in ((self.samples, images), (self.to_members, nearest[:, 0])):
+            cast(list[Tensor], state).append(part)
+
+    def sync(self, *given: Any, **options: Any) -> None:
+        """Gather the processes' states (torchmetrics' own, which knows no shape where a process saw no sample)."""
+        if isinstance(self.samples, list) and not self.samples:
+            self.samples.append(torch.empty(0, *self.bank.shape[1:], dtype=torch.uint8, device=self.device))
+            cast(list[Tensor], self.to_members).append(torch.empty(0, device=self.device))
+        super().sync(*given, **options)
 
     def phases(self) -> Tensor:
         """The phase of each sample held, int64, in the order they came (:func:`sample_phases`).
@@ -164,9 +171,10 @@ class SamplePhases(Metric):
         Raises:
             ValueError: If fewer than two samples were given.
         """
-        samples = dim_zero_cat(self.samples) if self.samples else torch.empty(0, 1, 1, 1, dtype=torch.uint8)
-        if len(samples) < 2:
-            raise ValueError(f"{type(self).__name__} needs at least 2 samples, got {len(samples)}")
+        held = len(self.samples) if isinstance(self.samples, Tensor) else sum(len(part) for part in self.samples)
+        if held < 2:
+            raise ValueError(f"{type(self).__name__} needs at least 2 samples, got {held}")
+        samples = dim_zero_cat(self.samples)
         root = math.sqrt(math.prod(samples.shape[1:]))
         # itself, or its equal, comes first: the second is the nearest other one
         between, _ = nearest_neighbors(samples, samples, 2, chunk_bytes=self.chunk_bytes)

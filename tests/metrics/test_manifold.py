@@ -140,7 +140,7 @@ def test_metric_in_unequal_batches_equals_the_function_and_gathers():
         metric.update(part)
     assert {name: value.item() for name, value in metric.compute().items()} == truth
     merged = pickle.loads(pickle.dumps(metric))
-    merged.features = [torch.cat(metric.features[1:]), metric.features[0]]
+    merged.features = torch.cat([*metric.features[1:], metric.features[0]])  # as a gathered state is
     merged._computed = None
     assert {name: value.item() for name, value in merged.compute().items()} == pytest.approx(truth, abs=1e-12)
     assert metric.overlap().intervals()["precision"] is not None
@@ -148,6 +148,18 @@ def test_metric_in_unequal_batches_equals_the_function_and_gathers():
     metric.reset()
     metric.update(reference)
     assert metric.compute()["precision"] == 1.0
+
+
+def test_a_process_that_saw_no_image_gathers_with_the_others():
+    extractor, reference, images = PixelsExtractor(), pictures(70, seed=0), pictures(60, seed=1, low=20)
+    whole, empty = (PrecisionRecallDensityCoverage(reference.flatten(1) / 255, extractor, 3) for _ in range(2))
+    whole.update(images)
+    empty.sync(dist_sync_fn=lambda part, group=None: [part, whole.features[0]], distributed_available=lambda: True)
+    assert empty.features.shape == whole.features[0].shape
+    assert empty.overlap().values() == whole.overlap().values()
+    empty.unsync()
+    with pytest.raises(ValueError, match="at least 4 images for k = 3, got 0"):
+        empty.overlap()
 
 
 @pytest.mark.parametrize(

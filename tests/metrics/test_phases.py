@@ -102,6 +102,23 @@ def test_interval_of_memorized_is_wilsons_and_pairs_have_none():
     assert metric.intervals() == {"memorized": wilson_interval(30, 100), "spurious": None, "generalized": None}
 
 
+def test_a_process_that_saw_no_sample_gathers_with_the_others():
+    bank, samples = planted()
+    whole, empty = SamplePhases(bank, 0.05, 0.05), SamplePhases(bank, 0.05, 0.05)
+    whole.update(samples)
+    others = {4: samples, 1: whole.to_members[0]}  # by the number of dimensions, which a gather needs equal
+
+    def gather(part, group=None):
+        assert part.dtype == others[part.ndim].dtype
+        return [part, others[part.ndim]]
+
+    empty.sync(dist_sync_fn=gather, distributed_available=lambda: True)
+    assert empty.phases().tolist() == whole.phases().tolist()
+    empty.unsync()
+    with pytest.raises(ValueError, match="at least 2 samples, got 0"):
+        empty.phases()
+
+
 def test_gathered_states_of_three_ranks_equal_one_process_and_no_checkpoint_holds_images():
     bank, samples = planted()
     whole = SamplePhases(bank, 0.05, 0.05)
@@ -111,9 +128,10 @@ def test_gathered_states_of_three_ranks_equal_one_process_and_no_checkpoint_hold
         rank.update(part)
     merged = SamplePhases(bank, 0.05, 0.05)
     for name in ("samples", "to_members"):  # what a reduction by concatenation does under DDP
-        setattr(merged, name, [torch.cat([part for rank in ranks for part in getattr(rank, name)])])
+        setattr(merged, name, torch.cat([part for rank in ranks for part in getattr(rank, name)]))
     merged._update_count = 1
     assert merged.compute() == whole.compute()
+    assert merged.intervals() == whole.intervals()
     assert pickle.loads(pickle.dumps(whole)).compute() == whole.compute()
     assert whole.state_dict() == {}
     whole.reset()
