@@ -200,7 +200,8 @@ class EffectiveMemorization(AbstractStudy):
         each = []
         for seed in self.seeds:
             points = {n: _last(run).value or 0.0 for n, runs in own.items() for run in runs if run.row.seed == seed}
-            each.append(level_crossing(list(points), list(points.values()), self.level) if points else None)
+            if len(points) > 1:
+                each.append(level_crossing(list(points), list(points.values()), self.level))
         crossings = [place for place in each if place is not None]
         about: dict[str, Any] = {
             "labels": rule, "level": self.level, "sizes": list(own), "interpolation": "linear in num_members",
