@@ -3,8 +3,6 @@
 import difflib
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_mem.metrics.neighbors import Rows, check_images
+from lightning_mem.metrics.precision import full_precision
 from lightning_mem.records import digest
 
 InceptionFeatures = Literal["64", "192", "768", "2048"]
@@ -56,7 +55,7 @@ class AbstractExtractor(ABC):
             ValueError: If the images are of another kind or a feature is not finite.
         """
         check_images("images", images)
-        with _full_precision(self.device):
+        with full_precision(self.device):
             features = self._features(images.to(self.device)).float()
         if not torch.isfinite(features).all():
             row = int((~torch.isfinite(features)).nonzero()[0, 0])
@@ -321,24 +320,3 @@ def _timm_address(model_name: str) -> str:
         return "anywhere (timm knows no weights of it)"
     hub = config.hf_hub_id
     return f"https://huggingface.co/{hub}{model_name if hub.endswith('/') else ''}" if hub else str(config.url)
-
-
-@contextmanager
-def _full_precision(device: torch.device) -> Iterator[None]:
-    """No gradients, no autocast, no TF32 and no autotuned kernels: a feature is the same on every call."""
-    backends: Any = torch.backends
-    wanted: list[tuple[Any, str, Any]] = [(backends.cudnn, "benchmark", False), (backends.cudnn, "deterministic", True)]
-    if hasattr(backends.cuda.matmul, "fp32_precision"):  # torch >= 2.9; once these are used, the older names raise
-        kinds = (backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.matmul, backends.mkldnn.conv)
-        wanted += [(kind, "fp32_precision", "ieee") for kind in kinds]
-    else:
-        wanted += [(backends.cuda.matmul, "allow_tf32", False), (backends.cudnn, "allow_tf32", False)]
-    before = [getattr(owner, name) for owner, name, _ in wanted]
-    try:
-        for owner, name, value in wanted:
-            setattr(owner, name, value)
-        with torch.no_grad(), torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        for (owner, name, _), value in zip(wanted, before, strict=True):
-            setattr(owner, name, value)

@@ -7,18 +7,26 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_mem.metrics.codes import Codes
+from lightning_mem.metrics.precision import full_precision
+from lightning_mem.metrics.projection import SAMPLE
+from lightning_mem.metrics.search import Search, Side, choose_codes, choose_projection
+
 Rows = Tensor | np.ndarray
 """N rows of any trailing shape; a numpy array may be memory-mapped."""
 
-CHUNK_BYTES = 256 * 2**20
+CHUNK_BYTES = 512 * 2**20
 """Working memory of a search when none is stated."""
 
-_NOTHING = torch.iinfo(torch.int64).max  # the key of "no row yet": behind every real key
-_LARGEST_NORM = 1e76  # beyond it a distance has no float32
+SAMPLED = 2048
+"""Rows of the bank by which a search chooses how to go about it."""
+
+WORTHWHILE = (256, 8192)
+"""Queries and bank rows from which a projection can pay for itself."""
+
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64, np.float16, np.float32, np.float64)
 
 
-@torch.no_grad()
 def nearest_neighbors(
     queries: Rows, bank: Rows, k: int, *, groups: Rows | None = None, chunk_bytes: int | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -27,9 +35,12 @@ def nearest_neighbors(
     .. math:: d(x, y) = \lVert x - y \rVert_2
 
     uint8 counts as x/255, floats as given. uint8 against uint8 is summed in integers: the answer is bit-identical
-    for every chunk size, order of queries and device. With a float on either side, candidates come from a float64
-    matrix product with its proven error bound, and their distances from direct differences in float64, rounded to
-    float32; rows are then ordered by (float32 distance, index).
+    for every chunk size, order of queries and device. With a float on either side, distances are direct differences in
+    float64, rounded to float32; rows are then ordered by (float32 distance, index).
+
+    Most rows are ruled out by less: a picture of each in 65 dimensions whose distances are never larger than the true
+    ones (where a sample says that it pays), then 8-bit products, exact for uint8, with a proven error bound for floats.
+    No such step changes an answer; what it cannot rule out is looked at in full.
 
     Args:
         queries: [Q, ...] uint8 or floats. Decides the device of the search and of the answer.
@@ -39,7 +50,7 @@ def nearest_neighbors(
         groups: int64 [N]; rows of one group count once, by their nearest member (see :func:`duplicate_groups`).
             Null: every row counts.
         chunk_bytes: Working memory in bytes, besides the answer; at least one row of each side is held.
-            Null: 256 MiB.
+            Null: 512 MiB.
 
     Returns:
         ``distances`` float32 [Q, k], ascending, and ``indices`` int64 [Q, k] of bank rows; equal distances go to the
@@ -49,49 +60,15 @@ def nearest_neighbors(
         ValueError: If a side is empty, rows differ in size, k or groups do not fit, or a float is not finite.
         TypeError: If a side is neither uint8 nor floating point.
     """
-    for name, rows in (("queries", queries), ("bank", bank)):
-        _check_rows(name, rows)
-    dim = math.prod(queries.shape[1:])
-    if math.prod(bank.shape[1:]) != dim:
-        raise ValueError(
-            f"queries and bank must have rows of equal size, got {tuple(queries.shape)} and {tuple(bank.shape)}: "
-            "resize one side or repeat its channels"
-        )
-    home = queries.device if isinstance(queries, Tensor) else torch.device("cpu")
-    device = torch.device("cpu") if home.type == "mps" else home  # MPS has no float64
-    group_of = _checked_groups(groups, len(bank), device)
+    check_sides(queries, bank)
+    device = search_device(queries)
+    group_of = checked_groups(groups, len(bank), device)
     available, what = (len(bank), "rows") if group_of is None else (len(group_of.unique()), "groups")
     if not 1 <= k <= available:
         raise ValueError(f"k must lie in 1 .. {available} (the {what} of the bank), got {k}")
-    budget = CHUNK_BYTES if chunk_bytes is None else chunk_bytes
-    if budget <= 0:
-        raise ValueError(f"chunk_bytes must be positive, got {chunk_bytes}")
-
-    integers = all(rows.dtype in (torch.uint8, np.uint8) for rows in (queries, bank))
-    bits = len(bank).bit_length() if integers else 32
-    share = budget // 4  # one each: query chunk, bank chunk, their table, the direct differences
-    rows_held = max(1, share // (16 * dim))
-    cells = max(1, share // 48)
-    bank_rows = min(len(bank), rows_held, max(math.isqrt(cells), cells // len(queries)))
-    query_rows = max(1, min(len(queries), rows_held, cells // bank_rows))
-    pairs_held = max(1, share // (32 * dim))
-
-    best = torch.full((len(queries), k), _NOTHING, dtype=torch.int64, device=device)
-    for start in range(0, len(bank), bank_rows):  # the bank outside: a file on disk is read once
-        chunk = _values("bank", bank, start, start + bank_rows, device, scaled=not integers)
-        chunk_groups = None if group_of is None else group_of[start : start + bank_rows]
-        for first in range(0, len(queries), query_rows):
-            part = _values("queries", queries, first, first + query_rows, device, scaled=not integers)
-            held = best[first : first + query_rows]
-            if integers:
-                keys = _integer_keys(part, chunk, start, bits)
-            else:
-                keys = _float_keys(part, chunk, start, held[:, -1], k, chunk_groups, pairs_held)
-            best[first : first + query_rows] = _merged(held, keys, chunk_groups, group_of, k, bits)
-
-    indices = best & ((1 << bits) - 1)
-    distances = ((best >> bits).double().sqrt() / 255).float() if integers else _distance_of_key(best)
-    return distances.to(home), indices.to(home)
+    codes, keys = search(queries, bank, k, group_of, chunk_bytes)
+    home = queries.device if isinstance(queries, Tensor) else device
+    return decoded(codes, keys, home)
 
 
 def duplicate_groups(images: Rows, *, mirror: bool = False) -> Tensor:
@@ -133,16 +110,32 @@ def check_images(name: str, images: Rows) -> None:
         )
 
 
-def _check_rows(name: str, rows: Rows) -> None:
-    if not isinstance(rows, Tensor | np.ndarray):
-        raise TypeError(f"{name} must be a tensor or a numpy array, got {type(rows).__name__}")
-    if rows.dtype not in (torch.uint8, np.uint8, *_FLOATS):
-        raise TypeError(f"{name} must be uint8 or floating point, got {rows.dtype}: convert it first")
-    if rows.ndim == 0 or math.prod(rows.shape) == 0:
-        raise ValueError(f"{name} must hold at least one row with at least one value, got shape {tuple(rows.shape)}")
+def check_sides(queries: Rows, bank: Rows) -> None:
+    """Refuse sides that cannot be compared."""
+    for name, rows in (("queries", queries), ("bank", bank)):
+        if not isinstance(rows, Tensor | np.ndarray):
+            raise TypeError(f"{name} must be a tensor or a numpy array, got {type(rows).__name__}")
+        if rows.dtype not in (torch.uint8, np.uint8, *_FLOATS):
+            raise TypeError(f"{name} must be uint8 or floating point, got {rows.dtype}: convert it first")
+        if rows.ndim == 0 or math.prod(rows.shape) == 0:
+            raise ValueError(
+                f"{name} must hold at least one row with at least one value, got shape {tuple(rows.shape)}"
+            )
+    if math.prod(bank.shape[1:]) != math.prod(queries.shape[1:]):
+        raise ValueError(
+            f"queries and bank must have rows of equal size, got {tuple(queries.shape)} and {tuple(bank.shape)}: "
+            "resize one side or repeat its channels"
+        )
 
 
-def _checked_groups(groups: Rows | None, rows: int, device: torch.device) -> Tensor | None:
+def search_device(queries: Rows) -> torch.device:
+    """Where a search for these queries runs: where they are, except that MPS has no float64."""
+    device = queries.device if isinstance(queries, Tensor) else torch.device("cpu")
+    return torch.device("cpu") if device.type == "mps" else device
+
+
+def checked_groups(groups: Rows | None, rows: int, device: torch.device) -> Tensor | None:
+    """Groups of a bank's rows on the device, int64 [rows]."""
     if groups is None:
         return None
     groups = torch.as_tensor(groups)
@@ -154,97 +147,63 @@ def _checked_groups(groups: Rows | None, rows: int, device: torch.device) -> Ten
     return groups.to(device, torch.int64)
 
 
+def search(
+    queries: Rows,
+    bank: Rows,
+    k: int,
+    group_of: Tensor | None,
+    chunk_bytes: int | None,
+    first: int = 0,
+    places: int | None = None,
+) -> tuple[Codes, Tensor]:
+    """Keys int64 [Q, k] of checked sides, ascending, and the codes that read them.
+
+    Args:
+        queries: [Q, ...].
+        bank: [N, ...].
+        k: Neighbours; where the bank has fewer, the last keys are ``NOTHING``.
+        group_of: int64 [places] on the device of the search, or null.
+        chunk_bytes: Working memory in bytes; null: 512 MiB.
+        first: Place of the bank's first row.
+        places: Rows of the whole bank of which this one is a part; null: this is the whole.
+    """
+    budget = CHUNK_BYTES if chunk_bytes is None else chunk_bytes
+    if budget <= 0:
+        raise ValueError(f"chunk_bytes must be positive, got {chunk_bytes}")
+    device = search_device(queries)
+    dim = math.prod(queries.shape[1:])
+    integers = all(rows.dtype in (torch.uint8, np.uint8) for rows in (queries, bank))
+    sides = _side(queries, device), _side(bank, device)
+    with full_precision(device):
+        count = max(1, min(SAMPLED, len(bank), budget // (24 * dim)))
+        sample = torch.arange(0, len(bank), len(bank) // count)[:count]
+        codes = choose_codes(integers, places or len(bank), sides[1], sample)
+        projection = None
+        if len(queries) >= WORTHWHILE[0] and len(bank) >= WORTHWHILE[1] and count >= SAMPLE:
+            projection = choose_projection(codes, *sides, sample, k)
+        return codes, Search(codes, k, group_of, budget, projection).run(*sides, first)
+
+
+def decoded(codes: Codes, keys: Tensor, home: torch.device) -> tuple[Tensor, Tensor]:
+    """Distances and places of keys, on the device ``home``."""
+    return codes.distances(keys).to(home), (keys & ((1 << codes.bits) - 1)).to(home)
+
+
 def _chunk(rows: Rows, start: int, stop: int) -> Tensor:
     part = rows[start:stop]
     # a copy: memory-mapped arrays are read-only and views may have negative strides, torch takes neither
     return part if isinstance(part, Tensor) else torch.from_numpy(np.array(part))
 
 
-def _values(name: str, rows: Rows, start: int, stop: int, device: torch.device, *, scaled: bool) -> Tensor:
-    """Rows start .. stop as float64 [n, dim] on the device; uint8 divided by 255 where ``scaled``."""
-    part = _chunk(rows, start, stop).to(device)
-    values = part.reshape(len(part), -1).double()
-    if part.dtype == torch.uint8:
-        return values.div_(255) if scaled else values
-    wrong = ~(values.square().sum(1) < _LARGEST_NORM)
-    if wrong.any():
-        row = start + int(wrong.nonzero()[0, 0])
-        raise ValueError(
-            f"{name} row {row} holds a value that is not finite (or too large for a float32 distance): "
-            "draw or load that row again"
-        )
-    return values
+def _side(rows: Rows, device: torch.device) -> Side:
+    def read(places: Tensor | slice) -> Tensor:
+        if isinstance(places, slice):
+            part = _chunk(rows, places.start, places.stop)
+        elif isinstance(rows, Tensor):
+            part = rows[places.to(rows.device)]
+        else:
+            part = torch.from_numpy(np.asarray(rows[places.numpy()]))
+        return part.reshape(len(part), -1).to(device)
 
-
-def _squared_distances(queries: Tensor, bank: Tensor) -> Tensor:
-    """|q|^2 + |b|^2 - 2 q.b: exact for integers, where every partial sum stays below 2^53."""
-    squares = (queries @ bank.T).mul_(-2)
-    return squares.add_(queries.square().sum(1)[:, None]).add_(bank.square().sum(1))
-
-
-def _integer_keys(queries: Tensor, bank: Tensor, start: int, bits: int) -> Tensor:
-    """int64 [q, n] whose order is that of (squared distance, index)."""
-    keys = _squared_distances(queries, bank).to(torch.int64)
-    return (keys << bits).add_(torch.arange(start, start + len(bank), device=keys.device))
-
-
-def _float_keys(
-    queries: Tensor, bank: Tensor, start: int, kth_key: Tensor, k: int, chunk_groups: Tensor | None, pairs_held: int
-) -> Tensor:
-    """int64 [q, n] whose order is that of (float32 distance, index); rows that cannot be among the k hold no key."""
-    approximate = _squared_distances(queries, bank)
-    # A product over d terms is off by at most d u |q| |b|, the squares by d u |q|^2 and d u |b|^2, the additions by
-    # a few u of the same size (Higham, Accuracy and Stability, section 3.1): together (d + 8) u (|q| + |b|)^2.
-    # eps = 2u doubles it, which leaves room for the error of this bound itself.
-    norms = queries.square().sum(1).sqrt() + bank.square().sum(1).max().sqrt()
-    error = (queries.shape[1] + 8) * torch.finfo(torch.float64).eps * norms.square()
-
-    per_group = _folded(approximate, chunk_groups)
-    kth = torch.full_like(error, math.inf)
-    if per_group.shape[1] >= k:
-        kth = per_group.topk(k, dim=1, largest=False).values[:, -1] + error
-    known = torch.where(kth_key == _NOTHING, math.inf, _distance_of_key(kth_key).double().square() * (1 + 2.0**-21))
-    # 2^-21: rows that float32 rounding makes equal to the k-th compete by index; 1e-80: the same below its range
-    limit = torch.minimum(kth, known) * (1 + 2.0**-21) + error + 1e-80
-
-    keys = torch.full(approximate.shape, _NOTHING, dtype=torch.int64, device=bank.device)
-    for pairs in (approximate <= limit[:, None]).nonzero().split(pairs_held):
-        q, b = pairs.unbind(1)
-        distances = (queries[q] - bank[b]).square_().sum(1).sqrt().float()
-        # the bits of a float that is not negative are ordered as the float is
-        keys[q, b] = (distances.view(torch.int32).to(torch.int64) << 32) + (b + start)
-    return keys
-
-
-def _distance_of_key(keys: Tensor) -> Tensor:
-    return (keys >> 32).to(torch.int32).view(torch.float32)
-
-
-def _folded(values: Tensor, groups: Tensor | None) -> Tensor:
-    """Columns of one group replaced by their minimum."""
-    if groups is None:
-        return values
-    _, inverse, counts = groups.unique(return_inverse=True, return_counts=True)
-    repeated = counts[inverse] > 1
-    if not repeated.any():
-        return values
-    kept, columns = inverse[repeated].unique(return_inverse=True)  # most rows are alone: only the others are scattered
-    largest = _NOTHING if values.dtype == torch.int64 else math.inf
-    smallest = torch.full((len(values), len(kept)), largest, dtype=values.dtype, device=values.device)
-    smallest.scatter_reduce_(1, columns.expand(len(values), -1), values[:, repeated], "amin")
-    return torch.cat([values[:, ~repeated], smallest], dim=1)
-
-
-def _merged(
-    best: Tensor, keys: Tensor, chunk_groups: Tensor | None, group_of: Tensor | None, k: int, bits: int
-) -> Tensor:
-    """The k smallest keys of both, ascending, one per group; keys are unique, so there is no tie to break."""
-    keys = _folded(keys, chunk_groups)
-    both = torch.cat([best, keys.topk(min(k, keys.shape[1]), dim=1, largest=False).values], dim=1).sort(dim=1).values
-    if group_of is not None:
-        index = (both & ((1 << bits) - 1)).clamp_(max=len(group_of) - 1)
-        group, order = group_of[index].masked_fill_(both == _NOTHING, -1).sort(dim=1, stable=True)
-        again = torch.zeros_like(both, dtype=torch.bool)
-        again.scatter_(1, order[:, 1:], group[:, 1:] == group[:, :-1])
-        both = both.masked_fill(again, _NOTHING).sort(dim=1).values
-    return both[:, :k]
+    resident = isinstance(rows, Tensor) and rows.device == device
+    return Side(read, len(rows), math.prod(rows.shape[1:]), 0 if resident else rows.dtype.itemsize)

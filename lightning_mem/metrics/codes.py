@@ -1,0 +1,398 @@
+"""Rows in few bits: what a search multiplies, and how far a product may be from the truth."""
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+NOTHING = torch.iinfo(torch.int64).max
+"""The key of "no row yet": behind every real key."""
+
+SLICE = 128
+"""Rows encoded at a time: their float64 copies stay in the processor's cache."""
+
+PAIRS = 128
+"""Pairs whose difference is taken at a time, for the same reason."""
+
+_LARGEST_NORM = 1e76  # squared; beyond it a distance has no float32
+_SPREAD = 2.0**40  # sides whose norms differ by more are compared without codes: products would leave float32
+
+
+@dataclass(frozen=True)
+class Coded:
+    """Some rows of one side, as a search handles them.
+
+    Args:
+        read: Values as given, [m, D] uint8 or floats, that the rows were taken from.
+        rows: int64 [n], where each row stands in them.
+        index: int64 [n], the place of each row in its whole side.
+        codes: [n, D] in few bits; ``Codes.closeness`` multiplies them.
+        squares: [n] squared norms of the codes, int64 or float64.
+        slack: float64 [n]; codes of two rows are at most as far apart as the rows and both slacks together.
+        picture: float32 [n, m] in few dimensions, see ``Projection``; null where there is none.
+    """
+
+    read: Tensor
+    rows: Tensor
+    index: Tensor
+    codes: Tensor
+    squares: Tensor
+    slack: Tensor
+    picture: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def values(self, rows: Tensor | None = None) -> Tensor:
+        """Values [n, D] of some rows, or of all."""
+        return self.read.index_select(0, self.rows if rows is None else self.rows[rows])
+
+    def _each(self) -> dict[str, Tensor]:
+        return {name: part for name, part in vars(self).items() if part is not None and name != "read"}
+
+    def part(self, rows: slice) -> "Coded":
+        """Neighbouring rows, without a copy."""
+        return replace(self, **{name: part[rows] for name, part in self._each().items()})
+
+    def take(self, rows: Tensor) -> "Coded":
+        """Some of the rows, in this order."""
+        return replace(self, **{name: part.index_select(0, rows) for name, part in self._each().items()})
+
+
+class Codes(ABC):
+    """How rows are coded, compared by their codes, and compared exactly.
+
+    Closeness is larger for nearer rows: :math:`2 q \\cdot b - |b|^2`, or half of it, for a query q and a bank row b.
+
+    Attributes:
+        bits: Of a key that hold the row's place; the others order by distance.
+    """
+
+    bits: int
+
+    @abstractmethod
+    def encode(self, name: str, values: Tensor, index: Tensor) -> Coded:
+        """Code rows [n, D]; ``name`` stands in the message if one is not finite."""
+
+    @abstractmethod
+    def closeness(self, queries: Coded, bank: Coded) -> Tensor:
+        """[q, n] from the codes."""
+
+    @abstractmethod
+    def limits(self, queries: Coded, bank: Coded, kth_keys: Tensor) -> Tensor:
+        """[q]: a row whose closeness is below it is farther than the k-th so far."""
+
+    @abstractmethod
+    def radii(self, kth_keys: Tensor) -> Tensor:
+        """float64 [q]: the k-th distance so far in the unit of the codes, never too small; inf without one."""
+
+    @abstractmethod
+    def keys(
+        self, queries: Coded, bank: Coded, closeness: Tensor, limits: Tensor, kth_keys: Tensor, budget: int
+    ) -> Tensor:
+        """int64 [q, n], ordered as (distance, place) are; rows below their limit may hold ``NOTHING``."""
+
+    @abstractmethod
+    def dense_keys(
+        self, queries: Coded, bank: Coded, kth_keys: Tensor, k: int, groups: Tensor | None, budget: int
+    ) -> Tensor:
+        """Keys [q, n] without a limit to go by; rows that cannot be among the k may hold ``NOTHING``."""
+
+    @abstractmethod
+    def probe_keys(self, queries: Coded, bank: Coded, columns: Tensor) -> Tensor:
+        """Keys [q, r] of one row of the bank for each entry of ``columns`` [q, r]."""
+
+    @abstractmethod
+    def distances(self, keys: Tensor) -> Tensor:
+        """float32 distances that keys stand for."""
+
+
+class IntegerCodes(Codes):
+    """uint8 as int8, moved by 128: distances do not change, and every product is exact.
+
+    Args:
+        dim: Values per row.
+        places: Rows of the whole bank.
+    """
+
+    def __init__(self, dim: int, places: int) -> None:
+        self.bits = places.bit_length()
+        # |2 q.b - |b|^2| <= 3 * 2^14 and the squared distance <= 255^2 per value
+        self.dtype = torch.int32 if dim * 255**2 < 2**31 else torch.int64
+
+    def encode(self, name: str, values: Tensor, index: Tensor) -> Coded:
+        """Exact; ``slack`` is 0."""
+        codes = values.bitwise_xor(128).view(torch.int8)
+        squares = [part.float().square_().sum(1, dtype=torch.float64) for part in codes.split(SLICE)]
+        slack = torch.zeros(len(values), dtype=torch.float64, device=values.device)
+        # the codes say everything: the values need not be kept
+        return Coded(
+            values[:0],
+            torch.arange(len(values), device=values.device),
+            index,
+            codes,
+            torch.cat(squares).to(torch.int64),
+            slack,
+        )
+
+    def closeness(self, queries: Coded, bank: Coded) -> Tensor:
+        """2 q.b - |b|^2 in integers."""
+        return exact_products(queries.codes, bank.codes, self.dtype).mul_(2).sub_(bank.squares.to(self.dtype))
+
+    def limits(self, queries: Coded, bank: Coded, kth_keys: Tensor) -> Tensor:
+        """|q|^2 minus the k-th squared distance."""
+        found = queries.squares - (kth_keys >> self.bits)
+        return found.masked_fill_(kth_keys == NOTHING, torch.iinfo(self.dtype).min).to(self.dtype)
+
+    def radii(self, kth_keys: Tensor) -> Tensor:
+        """Root of the squared distance."""
+        return (kth_keys >> self.bits).double().sqrt().masked_fill_(kth_keys == NOTHING, math.inf)
+
+    def keys(
+        self, queries: Coded, bank: Coded, closeness: Tensor, limits: Tensor, kth_keys: Tensor, budget: int
+    ) -> Tensor:
+        """The squared distance is |q|^2 minus the closeness, exactly."""
+        return ((queries.squares[:, None] - closeness) << self.bits).add_(bank.index)
+
+    def dense_keys(
+        self, queries: Coded, bank: Coded, kth_keys: Tensor, k: int, groups: Tensor | None, budget: int
+    ) -> Tensor:
+        """All of them: a product is exact."""
+        return self.keys(queries, bank, self.closeness(queries, bank), kth_keys, kth_keys, budget)
+
+    def probe_keys(self, queries: Coded, bank: Coded, columns: Tensor) -> Tensor:
+        """By one product with all rows that are asked for."""
+        unique, inverse = columns.unique(return_inverse=True)
+        some = bank.take(unique)
+        squared = queries.squares[:, None] - self.closeness(queries, some).gather(1, inverse)
+        return (squared << self.bits).add_(some.index[inverse])
+
+    def distances(self, keys: Tensor) -> Tensor:
+        """Root / 255, rounded once."""
+        return ((keys >> self.bits).double().sqrt() / 255).float()
+
+
+class RoundedCodes(Codes):
+    r"""Floats, centred, scaled by a power of two and rounded to bfloat16, with the length of what was rounded off.
+
+    With rows :math:`x = \tilde x + e_x`, :math:`|q - b| \ge |\tilde q - \tilde b| - |e_q| - |e_b|`. Products of codes
+    are bfloat16's own where the processor has them, else those of float32, in which codes are exact.
+
+    Args:
+        sample: Rows of the bank [s, D] for centre and scale.
+    """
+
+    bits = 32
+
+    def __init__(self, sample: Tensor) -> None:
+        values = exact_values(sample)
+        self.center = values.mean(0).float().double()  # the same for sides that are centred in float32 and in float64
+        largest = (values - self.center).square().sum(1).max().sqrt().item()
+        self.scale = 2.0 ** -math.frexp(largest)[1] if largest > 0 else 1.0
+        self.native = has_bfloat16(values.device)
+
+    def encode(self, name: str, values: Tensor, index: Tensor) -> Coded:
+        """Codes, their squared norms, and the norms of what was rounded off."""
+        wide = values.dtype in (torch.float64, torch.uint8)
+        center = self.center if wide else self.center.float()
+        codes = torch.empty(values.shape, dtype=torch.bfloat16, device=values.device)
+        squares, slack = (torch.empty(len(values), dtype=torch.float64, device=values.device) for _ in range(2))
+        for start in range(0, len(values), SLICE):
+            rows = slice(start, start + SLICE)
+            part = values[rows].double() / 255 if values.dtype == torch.uint8 else values[rows]
+            check_finite(name, part, index[rows])
+            moved = (part if wide else part.float()) - center
+            moved *= self.scale
+            codes[rows] = moved.to(torch.bfloat16)
+            rounded = codes[rows].to(moved.dtype)
+            norms = torch.linalg.vector_norm(moved, dim=1, dtype=torch.float64)
+            # centring in float32 rounds too, by 2^-24 of each value; four times that covers the norms' own error
+            slack[rows] = torch.linalg.vector_norm(moved - rounded, dim=1, dtype=torch.float64) + 2.0**-22 * norms
+            squares[rows] = torch.linalg.vector_norm(rounded, dim=1, dtype=torch.float64).square_()
+        return Coded(values, torch.arange(len(values), device=values.device), index, codes, squares, slack)
+
+    def fits(self, queries: Coded, bank: Coded) -> bool:
+        """Whether products of these codes stay inside float32."""
+        largest = [side.squares.max().sqrt().item() for side in (queries, bank)]
+        return max(largest) < _SPREAD and largest[1] > 1 / _SPREAD
+
+    def closeness(self, queries: Coded, bank: Coded) -> Tensor:
+        """q.b - |b|^2 / 2 in float32."""
+        half = (bank.squares / 2).float()
+        if self.native:
+            return queries.codes @ bank.codes.T - half
+        return (queries.codes.float() @ bank.codes.float().T).sub_(half)
+
+    def limits(self, queries: Coded, bank: Coded, kth_keys: Tensor) -> Tensor:
+        """From :math:`|\\tilde q - \\tilde b|^2 = |\\tilde q|^2 - 2 c` for the closeness c, with its rounding."""
+        radius = self.radii(kth_keys) + queries.slack + bank.slack.max()
+        squares, ends = queries.squares, torch.stack([bank.squares.min(), bank.squares.max()])
+        # D products summed in float32 (twice the bound of Higham, section 3.1)
+        error = 2.0**-23 * (queries.codes.shape[1] + 8) * (squares * ends[1]).sqrt()
+        if self.native:  # and the sum rounded to 8 bits; at distance r it is (|q|^2 + |b|^2 - r^2) / 2
+            error += 2.0**-8 * (squares[:, None] + ends - radius.square()[:, None]).abs().amax(1) / 2
+        return closeness_limits(squares, ends[1], radius, error)
+
+    def radii(self, kth_keys: Tensor) -> Tensor:
+        """The float32 distance, up by what float32 rounded off: rows that it makes equal compete by place."""
+        upper = self.distances(kth_keys).double() * (1 + 2.0**-22) + 1e-40
+        return upper.mul_(self.scale).masked_fill_(kth_keys == NOTHING, math.inf)
+
+    def distances(self, keys: Tensor) -> Tensor:
+        """The upper half of a key: the bits of a float that is not negative are ordered as the float is."""
+        return (keys >> 32).to(torch.int32).view(torch.float32)
+
+    def keys(
+        self, queries: Coded, bank: Coded, closeness: Tensor, limits: Tensor, kth_keys: Tensor, budget: int
+    ) -> Tensor:
+        """Direct differences in float64 where a row is not below its limit."""
+        keys = torch.full(closeness.shape, NOTHING, dtype=torch.int64, device=closeness.device)
+        rows, columns = (~(closeness < limits[:, None])).nonzero().unbind(1)
+        self._write_keys(keys, queries, bank, rows, columns, kth_keys, budget)
+        return keys
+
+    def dense_keys(
+        self, queries: Coded, bank: Coded, kth_keys: Tensor, k: int, groups: Tensor | None, budget: int
+    ) -> Tensor:
+        """A float64 product with its proven error bound says which rows direct differences must decide."""
+        q = exact_values(queries.values())
+        held = max(1, budget // (16 * q.shape[1]))
+        squares = q.square().sum(1)
+        approximate, largest = [], squares.new_zeros(())
+        for part in bank.rows.split(held):
+            b = exact_values(bank.read.index_select(0, part))
+            norms = b.square().sum(1)
+            largest = torch.maximum(largest, norms.max())
+            approximate.append((q @ b.T).mul_(-2).add_(squares[:, None]).add_(norms))
+        table = torch.cat(approximate, dim=1)
+        # A product over d terms is off by at most d u |q| |b|, the squares by d u |q|^2 and d u |b|^2, the additions
+        # by a few u of the same size (Higham, Accuracy and Stability, section 3.1): together (d + 8) u (|q| + |b|)^2.
+        # eps = 2u doubles it, which leaves room for the error of this bound itself.
+        error = (q.shape[1] + 8) * torch.finfo(torch.float64).eps * (squares.sqrt() + largest.sqrt()).square()
+        per_group = folded(table, groups)
+        limit = (self.radii(kth_keys) / self.scale).square_()
+        if per_group.shape[1] >= k:
+            limit = torch.minimum(limit, per_group.topk(k, dim=1, largest=False).values[:, -1] + error)
+        # 2^-21: rows that float32 rounding makes equal to the k-th compete by place; 1e-80: the same below its range
+        limit = limit * (1 + 2.0**-21) + error + 1e-80
+        keys = torch.full(table.shape, NOTHING, dtype=torch.int64, device=table.device)
+        rows, columns = (table <= limit[:, None]).nonzero().unbind(1)
+        self._write_keys(keys, queries, bank, rows, columns, kth_keys, budget)
+        return keys
+
+    def probe_keys(self, queries: Coded, bank: Coded, columns: Tensor) -> Tensor:
+        """Pair by pair."""
+        keys = torch.full(columns.shape, NOTHING, dtype=torch.int64, device=columns.device)
+        rows = torch.arange(len(columns), device=columns.device).repeat_interleave(columns.shape[1])
+        found = self._pair_keys(queries, bank, rows, columns.flatten())
+        return keys.copy_(found.view(keys.shape))
+
+    def _write_keys(
+        self,
+        keys: Tensor,
+        queries: Coded,
+        bank: Coded,
+        rows: Tensor,
+        columns: Tensor,
+        kth_keys: Tensor,
+        budget: int,
+    ) -> None:
+        held = max(1, min(PAIRS, budget // (40 * queries.read.shape[1])))
+        known = (self.radii(kth_keys) / self.scale).square_()
+        narrow = all(side.read.dtype in _NARROW for side in (queries, bank))
+        relative = 1 + 2.0**-22 * (queries.read.shape[1] + 8)  # float32 differences, squares and their sum
+        for q, b in zip(rows.split(held), columns.split(held), strict=True):
+            if narrow:  # half the bytes for most pairs, which lie just outside
+                squared = queries.values(q).float().sub_(bank.values(b)).square_().sum(1)
+                near = ~(squared > known[q] * relative) | (squared == math.inf)
+                q, b = q[near], b[near]
+            keys[q, b] = self._pair_keys(queries, bank, q, b)
+
+    def _pair_keys(self, queries: Coded, bank: Coded, rows: Tensor, columns: Tensor) -> Tensor:
+        parts = []
+        for q, b in zip(rows.split(PAIRS), columns.split(PAIRS), strict=True):
+            gap = exact_values(queries.values(q)).sub_(exact_values(bank.values(b)))
+            distances = gap.square_().sum(1).sqrt_().float()
+            parts.append((distances.view(torch.int32).to(torch.int64) << 32) + bank.index[b])
+        return torch.cat(parts) if parts else columns
+
+
+_NARROW = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def folded(values: Tensor, groups: Tensor | None) -> Tensor:
+    """Columns of one group replaced by their minimum.
+
+    Args:
+        values: [q, n].
+        groups: int64 [n]; null where every column is alone.
+    """
+    if groups is None:
+        return values
+    _, inverse, counts = groups.unique(return_inverse=True, return_counts=True)
+    repeated = counts[inverse] > 1
+    if not repeated.any():
+        return values
+    kept, columns = inverse[repeated].unique(return_inverse=True)  # most rows are alone: only the others are scattered
+    largest = NOTHING if values.dtype == torch.int64 else math.inf
+    smallest = torch.full((len(values), len(kept)), largest, dtype=values.dtype, device=values.device)
+    smallest.scatter_reduce_(1, columns.expand(len(values), -1), values[:, repeated], "amin")
+    return torch.cat([values[:, ~repeated], smallest], dim=1)
+
+
+def exact_values(values: Tensor) -> Tensor:
+    """Rows in float64: floats as given, uint8 as x/255."""
+    return values.double() / 255 if values.dtype == torch.uint8 else values.double()
+
+
+def check_finite(name: str, values: Tensor, index: Tensor) -> None:
+    """Refuse a row that has no float32 distance; the message names it."""
+    wrong = ~(torch.linalg.vector_norm(values, dim=1, dtype=torch.float64).square() < _LARGEST_NORM)
+    if wrong.any():
+        raise ValueError(
+            f"{name} row {int(index[wrong.nonzero()[0, 0]])} holds a value that is not finite (or too large for a "
+            "float32 distance): draw or load that row again"
+        )
+
+
+def closeness_limits(squares: Tensor, largest: Tensor, radius: Tensor, error: Tensor) -> Tensor:
+    """float32 [q]: below it, |q|^2 - 2 c > radius^2 for a closeness c = q.b - |b|^2 / 2 that is off by its error.
+
+    Args:
+        squares: float64 [q], |q|^2.
+        largest: Of all |b|^2.
+        radius: float64 [q].
+        error: float64 [q], of the product q.b; what float32 rounds off besides is added here.
+    """
+    limits = (squares - radius.square()) / 2 - error - 2.0**-20 * (squares + largest) - 1e-30
+    return (limits - limits.abs() * 2.0**-22).float()
+
+
+def exact_products(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """Integer products a b^T [q, n] of int8 rows; exact.
+
+    Args:
+        a: int8 [q, D].
+        b: int8 [n, D].
+        dtype: int32 or int64 of the answer; must hold D * 2^14.
+    """
+    if dtype == torch.int32 and _has_int8_products(a.device):
+        return torch._int_mm(a, b.T)
+    # float32 holds every partial sum of 1,024 products of at most 2^14 exactly, in any order
+    total = torch.zeros(len(a), len(b), dtype=dtype, device=a.device)
+    for start in range(0, a.shape[1], 1024):
+        part = slice(start, start + 1024)
+        total += (a[:, part].float() @ b[:, part].float().T).to(dtype)
+    return total
+
+
+def _has_int8_products(device: torch.device) -> bool:
+    # elsewhere float32 is as fast, or int8 products have conditions on shapes (CUDA)
+    return device.type == "cpu" and bool(getattr(torch.cpu, "_is_vnni_supported", lambda: False)())
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether bfloat16 products beat those of float32 here."""
+    return device.type == "cpu" and bool(getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)())
