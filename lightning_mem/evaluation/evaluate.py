@@ -120,8 +120,10 @@ def print_measurement(source: Source, measure: Measure, measurement: Measurement
     console.print(records_table(measurement.records, title))
     copied = ledger_rows(source.samples, reference, measurement, source.step)
     if copied:
-        shown = ", ".join(f"#{row['index']} x{row['copies']} at {float(row['nearest']):.3f}" for row in copied[:5])
-        console.print(f"{len(copied)} training images copied; most often: {shown}")
+        console.print(f"{len(copied)} training images copied, most often (times, smallest RMS-L2):")
+        for row in copied[:5]:
+            named = f"#{row['index']} {row['file']}".strip()
+            console.print(f"  {named}  {row['copies']}  {float(row['nearest']):.3f}", soft_wrap=True, highlight=False)
     if len(reference.heldout) == 0:
         console.print("no held-out images: nothing says what these numbers read by chance (--heldout)")
     console.print(f"results.jsonl, ledger.csv and images/ in {source.out}\n")

@@ -10,8 +10,9 @@ from lightning_mem.evaluation.reference import Reference
 from lightning_mem.records import atomic_write
 from lightning_mem.types import SampleSet
 
-COLUMNS = ("step", "weights", "index", "copies", "nearest", "samples")
-"""Optimizer step, weights, place in the source, number of copying samples, smallest RMS-L2, their addresses."""
+COLUMNS = ("step", "weights", "index", "copies", "nearest", "samples", "file")
+"""Optimizer step, weights, place in the source, number of copying samples, smallest RMS-L2, their addresses, and the
+file where images are files."""
 
 
 def read_ledger(path: str | Path) -> list[dict[str, str]]:
@@ -53,6 +54,7 @@ def ledger_rows(samples: SampleSet, reference: Reference, measurement: Measureme
             "copies": str(len(places)),
             "nearest": f"{float(measurement.distances[places, 0].min()) / scale:.6f}",
             "samples": " ".join(str(int(samples.addresses[place])) for place in places),
+            "file": reference.file_of(index),
         }
         for index, places in copies.items()
     ]

@@ -1,13 +1,23 @@
 """What samples are compared with: the images a model was trained on, and images of the same kind it never saw."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from lightning_mem.data import MemorizationDataModule
+from lightning_mem.data import FolderSource, MemorizationDataModule
 from lightning_mem.randomness import generator
 from lightning_mem.records import digest
+
+
+def _no_file(index: int) -> str:
+    return ""
+
+
+def folder_files(source: FolderSource) -> Callable[[int], str]:
+    """File of an image by its place in a folder."""
+    return lambda index: str(source.file(index))
 
 
 @dataclass(frozen=True)
@@ -23,6 +33,7 @@ class Reference:
         members_digest: Of the member set.
         heldout_digest: Of the held-out set.
         seed: Of the addressed draws that cut the larger bank.
+        file_of: File of a member by its place in the source, for the ledger; empty where images are no files.
     """
 
     members: Tensor
@@ -33,18 +44,23 @@ class Reference:
     members_digest: str = ""
     heldout_digest: str = ""
     seed: int = 0
+    file_of: Callable[[int], str] = _no_file
 
     @classmethod
-    def from_images(cls, members: Tensor, heldout: Tensor | None = None) -> "Reference":
+    def from_images(
+        cls, members: Tensor, heldout: Tensor | None = None, file_of: Callable[[int], str] = _no_file
+    ) -> "Reference":
         """A reference from two stacks of uint8 images [N, C, H, W].
 
         Args:
             members: What the model was trained on.
             heldout: Images of the same kind that it never saw; without them there is no control.
+            file_of: File of a member by its row, where they are files.
         """
         held = heldout if heldout is not None else members[:0]
         rows = torch.arange(len(members))
-        return cls(members, held, rows, rows, members_digest=digest(members), heldout_digest=digest(held))
+        found = cls(members, held, rows, rows, file_of=file_of)
+        return replace(found, members_digest=digest(members), heldout_digest=digest(held))
 
     @classmethod
     def from_datamodule(cls, data: MemorizationDataModule) -> "Reference":
@@ -59,6 +75,7 @@ class Reference:
             members_digest=data.members.digest,
             heldout_digest=data.heldout.digest,
             seed=data.seed,
+            file_of=folder_files(data.source) if isinstance(data.source, FolderSource) else _no_file,
         )
 
     def cut(self, bank: Tensor, name: str, at_most: int | None = None) -> Tensor:

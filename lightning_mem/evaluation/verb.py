@@ -10,7 +10,7 @@ from typing import Any
 from jsonargparse import ArgumentParser, Namespace
 from rich.console import Console
 
-from lightning_mem.data import AbstractSource, MemorizationDataModule
+from lightning_mem.data import AbstractSource, FolderSource, MemorizationDataModule
 from lightning_mem.diffusion import Sampler
 from lightning_mem.evaluation.checkpoints import Draw, check_trained_on, find_checkpoints, measure_checkpoints
 from lightning_mem.evaluation.comparison import cache_folder
@@ -25,7 +25,7 @@ from lightning_mem.evaluation.evaluate import (
 )
 from lightning_mem.evaluation.inputs import check_members, is_run, read_run_config, read_stack, shape_of
 from lightning_mem.evaluation.measure import EVERY, Measure, MetricName
-from lightning_mem.evaluation.reference import Reference
+from lightning_mem.evaluation.reference import Reference, folder_files
 from lightning_mem.evaluation.table import curve_table
 from lightning_mem.evaluation.workers import Workers
 from lightning_mem.types import Weights
@@ -69,8 +69,7 @@ def evaluate(
 ) -> list[str]:
     """Measure samples of any generator against a training set: every metric, its interval and held-out control.
 
-    Prints a table; appends to ``results.jsonl`` and ``ledger.csv`` and draws the closest pairs in ``images/``.
-    Exit status: 0; 1 when a number lies above a limit of ``--fail-above``; 2 for bad input and errors.
+    Prints a table; writes ``results.jsonl`` and ``ledger.csv``, and draws the closest pairs in ``images/``.
 
     Args:
         samples: What to measure, each on its own: ``.npz`` (``arr_0`` uint8 [N, H, W, C]), ``.npy``, folders of images,
@@ -185,6 +184,8 @@ def _reference(
         held = None if heldout is None else read_stack(heldout)
         if held is not None and held.shape[1:] != stack.shape[1:]:
             raise ValueError(f"{members} holds images {tuple(stack.shape[1:])}, {heldout} {tuple(held.shape[1:])}")
+        if Path(members).is_dir():
+            return Reference.from_images(stack, held, folder_files(FolderSource(members)))
         return Reference.from_images(stack, held)
     if heldout is not None:
         raise ValueError("--heldout goes with --members; for a source, use --data.num_heldout or --data.heldout")
@@ -248,6 +249,15 @@ def add_options(parser: ArgumentParser) -> None:
 
 def run_evaluate(config: Any = None, data: Namespace | None = None, **options: Any) -> None:
     """Measure samples of any generator against a training set: every metric, its interval and held-out control.
+
+    The training set is that of a run (--config RUN/config.yaml, or --samples RUN alone), of --data.* or --source as for
+    fit, or --members with --heldout. No model is needed, except by --checkpoints.
+
+    Prints a table and writes results.jsonl, ledger.csv (which image was copied, how often, by which samples) and
+    images/ (the closest pairs).
+
+    Exit status: 0; 1 when a number is above a limit of --fail-above (--compare says whether the number itself or the
+    lower end of its interval is); 2 for bad input and errors.
 
     Args:
         config: Configuration files that were read; null for none.

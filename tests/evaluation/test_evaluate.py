@@ -56,7 +56,7 @@ def test_planted_copies_are_found_through_the_verb(planted: Planted, capsys: pyt
     assert [(row["index"], row["copies"], row["samples"]) for row in rows] == [("4", "3", "0 2 4"), ("7", "2", "1 3")]
     shown = " ".join(capsys.readouterr().out.split())
     assert "memorization/ratio 0.083 [0.036, 0.181] 0.000 [0.000, 0.060]" in shown
-    assert "2 training images copied; most often: #4 x3 at 0.000, #7 x2 at 0.000" in shown
+    assert "2 training images copied, most often (times, smallest RMS-L2): #4 3 0.000 #7 2 0.000" in shown
     assert Path("samples_evaluation/images/pairs_samples.png").stat().st_size > 5000
 
 
@@ -71,6 +71,8 @@ def test_a_folder_of_pngs_reads_as_the_same_images(planted: Planted) -> None:
     assert [(r.name, r.value, r.low, r.high) for r in one.values()] == [
         (r.name, r.value, r.low, r.high) for r in two.values()
     ]
+    files = [(row["index"], row["file"]) for row in read_ledger("gan_evaluation/ledger.csv")]
+    assert files == [("4", "train/00004.png"), ("7", "train/00007.png")]
     assert not list(Path("gan").glob("*evaluation*"))  # a second call must not read its own pictures as samples
 
 
