@@ -76,7 +76,7 @@ def test_labels_in_turn_do_no_harm():
     assert gap < 0.02 * plain
 
 
-@pytest.mark.parametrize("both", [False, True])
+@pytest.mark.parametrize("both", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_interval_covers_the_distance_of_infinitely_many_images(both):
     generator = np.random.default_rng(1)
     covered = 0
