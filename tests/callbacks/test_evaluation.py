@@ -1,5 +1,6 @@
 """The callback measures the averaged weights in any order, from the same noise, without touching training."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 
 from lightning_mem.callbacks import EMA, SampleEvaluation
+from lightning_mem.cli import run
 from lightning_mem.data import MemorizationDataModule
 from lightning_mem.diffusion import DiffusionProcess, EmpiricalDenoiser, Target
 from lightning_mem.evaluation import Reference
@@ -62,6 +64,22 @@ def test_log_spaced_evaluations_always_hold_the_last(data) -> None:
     values = train(data, "a", [SampleEvaluation(num_samples=5, num_steps=1, log_spaced=3)], steps=16)
     steps = {int(key.split("@")[1]) for key in values}
     assert steps == {2, 6, 16}
+
+
+def test_what_metrics_cost_beside_sampling_is_logged_and_summed_up(data) -> None:
+    train(data, "a", [SampleEvaluation(num_samples=10, num_steps=2)])
+    assert json.loads(Path("a/summary.json").read_text())["metrics_share"] > 0
+    assert "time/" not in Path("a/metrics.csv").read_text()  # equal runs have equal files
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_metrics_cost_at_most_a_tenth_of_the_sampling_they_measure() -> None:
+    """The shipped digits run, 500 steps of it."""
+    config = Path(__file__).parent.parent.parent / "configs" / "digits" / "denoiser.yaml"
+    options = ["--trainer.default_root_dir", "run", "--trainer.max_steps", "500", "--trainer.accelerator", "cpu"]
+    run(["fit", "--config", str(config), *options])
+    assert 0 < json.loads(Path("run/summary.json").read_text())["metrics_share"] <= 0.10
 
 
 class Oracle(LightningModule):
