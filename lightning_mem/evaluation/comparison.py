@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-import torch
 from torch import Tensor
 from tqdm import tqdm
 
@@ -116,14 +115,13 @@ class Banks:
 
     def _search(self, images: Tensor, stack: Tensor, k: int, groups: Tensor | None) -> tuple[Tensor, Tensor]:
         device = self.workers.device
-        bank, groups = stack.to(device), None if groups is None else groups.to(device)
-
-        def nearest(places: Tensor) -> Tensor:
-            distances, indices = nearest_neighbors(images[places].to(device), bank, k, groups=groups)
-            return torch.stack([distances.double(), indices.double()], dim=-1)
-
-        both = self.workers.in_blocks(len(images), nearest, block=4 * BLOCK, label="neighbours").cpu()
-        return both[..., 0].float(), both[..., 1].to(torch.int64)
+        groups = None if groups is None else groups.to(device)
+        # one call for all rows of a process: a search prepares its bank once
+        own, together = self.workers.share(len(images))
+        self.workers.pause()
+        found = nearest_neighbors(images[own].to(device), stack.to(device), k, groups=groups)
+        distances, indices = (together(part).cpu() for part in found)
+        return distances, indices
 
     def extract(self, images: Tensor, extractor: AbstractExtractor) -> Tensor:
         """Features float32 [N, d] on the measuring device, dealt out over the processes."""

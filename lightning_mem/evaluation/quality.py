@@ -28,8 +28,8 @@ INTERVAL_DIM = 512
 PARTS = 5
 """Most parts that the extrapolation to infinitely many samples deals them into."""
 
-INFINITY_DIM = 64
-"""Its intervals (300 solves each) are given up to this feature size."""
+INFINITY_DIM, INFINITY_BLOCKS = 64, 10
+"""Its intervals (15 solves a block) are given up to this feature size, with so many blocks."""
 
 MANIFOLD_NEIGHBORS = 5
 """k of precision, recall, density and coverage."""
@@ -127,8 +127,10 @@ def infinite(c: Comparison) -> list[Number]:
                 numbers.append(absent(name, why, definition, unit))
                 continue
             reference = FeatureStatistics.from_features(real) if bank == "members" else real
-            ends = frechet_infinity_interval(features, reference, parts=PARTS) if dim <= INFINITY_DIM else None
-            how = {} if ends is None else {"interval": JACKKNIFE}
+            ends, how = None, {}
+            if dim <= INFINITY_DIM:
+                ends = frechet_infinity_interval(features, reference, parts=PARTS, blocks=INFINITY_BLOCKS)
+                how = {"interval": JACKKNIFE, "blocks": INFINITY_BLOCKS}
             value = frechet_infinity(features, reference, parts=PARTS)
             numbers.append(Number(name, value, n, {**definition, **how}, ends, unit))
     return numbers
