@@ -1,6 +1,6 @@
-"""One process and two (DDP, gloo, CPU) measure the same numbers, train on the same data, and draw the same samples.
+"""One process, two and three (gloo, CPU) measure the same numbers, train on the same data, and draw the same samples.
 
-All verbs of two processes run in one pair of processes: starting one takes longer than what it then does.
+Everything that needs several processes runs in one start of three, see tests/ranks.py.
 """
 
 import csv
@@ -12,23 +12,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import ranks
 
 from lightning_mem.cli import run
+from lightning_mem.metrics import nearest_neighbors
 from lightning_mem.records import TIME_FIELDS
 
 TINY = Path(__file__).parent / "tiny.yaml"
 TWO = ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
-PAIR = """
-import json, sys
-import torch
-torch.set_num_threads(1)
-commands = json.loads(sys.argv.pop())
-from lightning_mem.cli import run
-for command in commands:
-    run(command)
-torch.distributed.destroy_process_group()
-"""
-
 # dropout draws per process: off, so that the two trainings compute the same thing
 TRAINING = ["--model.init_args.network.dropout", "0", "--trainer.max_steps", "20"]
 TRAINING += ["--trainer.val_check_interval", "20", "--trainer.log_every_n_steps", "1"]
@@ -55,17 +46,68 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
             os.remove(folder / name / "results.jsonl")
         run(command("validate", "measured1", "--data.batch_size", "7"))
         run(command("sample", "measured1", *SAMPLING))
-    script = folder / "pair.py"
-    script.write_text(PAIR)
-    commands = [
-        command("fit", "trained2", *TRAINING, *TWO),
-        command("validate", "measured2", "--data.batch_size", "64", *TWO),
-        command("sample", "measured2", *SAMPLING, *TWO),
-    ]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
-    done = subprocess.run([*launch, json.dumps(commands)], capture_output=True, text=True, timeout=110)
+    commands = folder / "commands.json"
+    commands.write_text(
+        json.dumps(
+            [
+                command("fit", "trained2", *TRAINING, *TWO),
+                command("validate", "measured2", "--data.batch_size", "64", *TWO),
+                command("sample", "measured2", *SAMPLING, *TWO),
+            ]
+        )
+    )
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "3"]
+    done = subprocess.run(
+        [*launch, ranks.__file__, str(folder), str(commands)], capture_output=True, text=True, timeout=110
+    )
     assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-5000:]
     return folder
+
+
+@pytest.fixture(scope="module")
+def alone() -> dict:
+    """What one process finds."""
+    bank, samples = ranks.bank_and_samples()
+    search = {}
+    for name, (cast, k, groups) in ranks.searches(bank).items():
+        search[name] = ranks.plain(list(nearest_neighbors(cast(samples), cast(bank), k, groups=groups)))
+    return {"metrics": ranks.measured(1, 0, None), "search": search}
+
+
+PLACES = [(2, 0), (2, 1), (3, 0), (3, 1), (3, 2)]
+
+
+def flat(value) -> list:
+    """Numbers of a nested value in one list."""
+    if isinstance(value, dict):
+        return [number for key in sorted(value) for number in flat(value[key])]
+    return [number for part in value for number in flat(part)] if isinstance(value, list | tuple) else [value]
+
+
+@pytest.mark.parametrize(("world", "rank"), PLACES)
+def test_every_metric_has_one_value_on_one_two_and_three_processes(
+    runs: Path, alone: dict, world: int, rank: int
+) -> None:
+    found = json.loads((runs / f"ranks{world}_{rank}.json").read_text())["metrics"]
+    assert found.keys() == alone["metrics"].keys()
+    assert found["ratio"]["value"] == pytest.approx(16 / 47)  # every third sample is a copy, one row each
+    for name, expected in alone["metrics"].items():
+        if name == "eidetic":  # the interval's blocks go by the order in which a process saw its samples
+            low, high = found[name].pop("interval")
+            assert low <= found[name]["value"] <= high
+            expected = {"value": expected["value"]}
+        # sums of float64 features round in another order; everything else is counted
+        same = flat(expected) if name != "frechet" else pytest.approx(flat(expected), rel=1e-9)
+        assert flat(found[name]) == same, name
+
+
+@pytest.mark.parametrize(("world", "rank"), PLACES)
+def test_sharded_search_equals_the_search_of_one_process_to_the_bit(
+    runs: Path, alone: dict, world: int, rank: int
+) -> None:
+    found = json.loads((runs / f"ranks{world}_{rank}.json").read_text())["search"]
+    assert "the shards must hold each of 61 rows once" in found.pop("refused")
+    assert found == alone["search"]
 
 
 def records(folder: Path) -> list[dict]:

@@ -44,6 +44,7 @@ from lightning_mem.metrics.scores import (
     memorization_curves,
     unique_memorization_score,
 )
+from lightning_mem.metrics.sharded import Shard, sharded_neighbors
 from lightning_mem.metrics.sscd import SSCDExtractor
 from lightning_mem.metrics.three_sample import DataCopying, data_copying
 
@@ -64,6 +65,7 @@ __all__ = [
     "PrecisionRecallDensityCoverage",
     "SSCDExtractor",
     "SamplePhases",
+    "Shard",
     "TimmExtractor",
     "authentic",
     "authenticity",
@@ -96,6 +98,7 @@ __all__ = [
     "prdc",
     "precision_recall",
     "sample_phases",
+    "sharded_neighbors",
     "tiled_l2",
     "unique_memorization_score",
     "wilson_interval",

@@ -21,8 +21,8 @@ CHUNK_BYTES = 512 * 2**20
 SAMPLED = 2048
 """Rows of the bank by which a search chooses how to go about it."""
 
-WORTHWHILE = (256, 8192)
-"""Queries and bank rows from which a projection can pay for itself."""
+WORTHWHILE = (256, 2**25)
+"""Queries, and pairs of a query and a bank row, from which a projection can pay for itself."""
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64, np.float16, np.float32, np.float64)
 
@@ -179,7 +179,7 @@ def search(
         sample = torch.arange(0, len(bank), len(bank) // count)[:count]
         codes = choose_codes(integers, places or len(bank), sides[1], sample)
         projection = None
-        if len(queries) >= WORTHWHILE[0] and len(bank) >= WORTHWHILE[1] and count >= SAMPLE:
+        if len(queries) >= WORTHWHILE[0] and len(queries) * len(bank) >= WORTHWHILE[1] and count >= SAMPLE:
             projection = choose_projection(codes, *sides, sample, k)
         return codes, Search(codes, k, group_of, budget, projection).run(*sides, first)
 
