@@ -238,7 +238,7 @@ def main(given: list[str] | None = None) -> list[Record]:
     parser.add_argument("--mapped", type=int, default=1_000_000, help="rows of the memory-mapped bank; 0: leave it out")
     parser.add_argument("--chunk_mib", type=int, default=256, help="budget of the memory measurement")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--data", nargs="+", choices=("patches", "disjoint", "noise"),
+    parser.add_argument("--data", nargs="*", choices=("patches", "disjoint", "noise"),
                         default=["patches", "disjoint", "noise"])  # fmt: skip
     parser.add_argument("--out", default=str(ROOT / "benchmarks" / "results" / "neighbors.jsonl"))
     args = parser.parse_args(given)

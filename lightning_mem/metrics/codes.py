@@ -119,21 +119,22 @@ class IntegerCodes(Codes):
 
     def __init__(self, dim: int, places: int) -> None:
         self.bits = places.bit_length()
-        # |2 q.b - |b|^2| <= 3 * 2^14 and the squared distance <= 255^2 per value
-        self.dtype = torch.int32 if dim * 255**2 < 2**31 else torch.int64
+        # a closeness 2 q.b - |b|^2 is at most 3 * 2^14 per value, and two of them must differ by less than 2^31
+        self._least = -3 * 2**14 * dim
+        self.dtype = torch.int32 if -2 * self._least < 2**31 else torch.int64
 
     def encode(self, name: str, values: Tensor, index: Tensor) -> Coded:
         """Exact; ``slack`` is 0."""
         codes = values.bitwise_xor(128).view(torch.int8)
-        squares = [part.float().square_().sum(1, dtype=torch.float64) for part in codes.split(SLICE)]
+        squares = [squared_norms(part) for part in codes.split(SLICE)]
         slack = torch.zeros(len(values), dtype=torch.float64, device=values.device)
-        # the codes say everything: the values need not be kept
+        # the codes say everything: the values need not be kept, and a view would keep them
         return Coded(
-            values[:0],
+            values.new_empty(0, values.shape[1]),
             torch.arange(len(values), device=values.device),
             index,
             codes,
-            torch.cat(squares).to(torch.int64),
+            torch.cat(squares),
             slack,
         )
 
@@ -144,7 +145,7 @@ class IntegerCodes(Codes):
     def limits(self, queries: Coded, bank: Coded, kth_keys: Tensor) -> Tensor:
         """|q|^2 minus the k-th squared distance."""
         found = queries.squares - (kth_keys >> self.bits)
-        return found.masked_fill_(kth_keys == NOTHING, torch.iinfo(self.dtype).min).to(self.dtype)
+        return found.masked_fill_(kth_keys == NOTHING, self._least).clamp_(min=self._least).to(self.dtype)
 
     def radii(self, kth_keys: Tensor) -> Tensor:
         """Root of the squared distance."""
@@ -368,6 +369,15 @@ def closeness_limits(squares: Tensor, largest: Tensor, radius: Tensor, error: Te
     """
     limits = (squares - radius.square()) / 2 - error - 2.0**-20 * (squares + largest) - 1e-30
     return (limits - limits.abs() * 2.0**-22).float()
+
+
+def squared_norms(codes: Tensor) -> Tensor:
+    """Exact squared norms of int8 rows, int64 [n]: float32 holds every partial sum of 1,024 squares."""
+    total = torch.zeros(len(codes), dtype=torch.int64, device=codes.device)
+    for start in range(0, codes.shape[1], 1024):
+        part = codes[:, start : start + 1024].float()
+        total += torch.linalg.vecdot(part, part).to(torch.int64)
+    return total
 
 
 def exact_products(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:

@@ -81,7 +81,9 @@ class Search:
         for start in range(0, queries.count, most):
             query = self._queries(queries, slice(start, min(start + most, queries.count)))
             best = answer[query.index]
+            chunk: Coded | None = None
             for place in range(0, bank.count, held):
+                del chunk  # before the next is read: one at a time is what the budget is for
                 chunk = self._chunk(bank, slice(place, min(place + held, bank.count)), first)
                 for rows in (slice(row, row + step) for row in range(0, len(query), step)):
                     best[rows] = self._searched(query.part(rows), chunk, best[rows])
