@@ -79,8 +79,6 @@ class Entry:
         state: See :data:`State`.
         folder: The run folder: the row's own, or the one that was reused.
         data_digest: Of members and held-out images; empty until it is known.
-        seconds: Spent on it by processes of this plan, over all its parts.
-        steps: Optimizer steps that took.
         reason: Why it failed, in one line.
     """
 
@@ -89,8 +87,6 @@ class Entry:
     state: State = "planned"
     folder: str = ""
     data_digest: str = ""
-    seconds: float = 0.0
-    steps: int = 0
     reason: str = ""
 
     def to_json(self) -> str:
