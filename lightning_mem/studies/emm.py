@@ -1,6 +1,6 @@
 """Effective model memorization: the memorization ratio of one recipe over the size of its training set."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -204,7 +204,7 @@ class EffectiveMemorization(AbstractStudy):
                 each.append(level_crossing(list(points), list(points.values()), self.level))
         crossings = [place for place in each if place is not None]
         about: dict[str, Any] = {
-            "labels": rule, "level": self.level, "sizes": list(own), "interpolation": "linear in num_members",
+            "labels": rule, "level": self.level, "sizes": _words(own), "interpolation": "linear in num_members",
             "seeds_that_cross": len(crossings), "reading": "last evaluation",
         }  # fmt: skip
         low = high = None
@@ -255,7 +255,8 @@ class EffectiveMemorization(AbstractStudy):
                 continue
             law = fit_power_law(*zip(*places, strict=True))
             about = {
-                "labels": rule, "event": event, "sizes": list(points), "scale": law.scale,
+                "labels": rule, "event": event, "scale": law.scale, "sizes": _words(points),
+                "smallest": min(points), "largest": max(points),
                 "interval": "t of least squares in log-log 95%",
             }  # fmt: skip
             runs = [run for n in points for run in own[n]]
@@ -273,6 +274,11 @@ class EffectiveMemorization(AbstractStudy):
         """Ratio of samples from the closed-form optimum on the largest set of each label rule."""
         largest = {rule: run[0] for (rule, _), run in cells.items()}  # cells ascend in size
         return [record for run in largest.values() if (record := optimum_ratio(run)) is not None]
+
+
+def _words(sizes: Iterable[int]) -> str:
+    """For a definition, whose values are flat."""
+    return " ".join(map(str, sizes))
 
 
 def _last(run: Run) -> Record:

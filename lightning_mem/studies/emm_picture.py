@@ -127,7 +127,7 @@ def _draw_onsets(
         words = f"{event}: slope {_about(laws[0], 2)}" if laws else event
         axes.plot([n for n, _ in points], [step for _, step in points], "o", color=color, ms=4, label=words)
         for law in laws:
-            ends = [min(law.definition["sizes"]), max(law.definition["sizes"])]
+            ends = [law.definition["smallest"], law.definition["largest"]]
             axes.plot(ends, [law.definition["scale"] * n ** _value(law) for n in ends], "-", color=color, lw=1)
     sizes = sorted({n for _, n, _ in found})
     first = min(step for _, n, step in found if n == sizes[0])

@@ -113,7 +113,7 @@ def test_onset_in_proportion_to_the_images_has_slope_one(records: list[Record]) 
     (slope,) = named(records, "onset/slope", labels="none", event="ratio reaches 0.1")
     assert slope.value == pytest.approx(1, abs=1e-9)
     assert slope.low < 1 < slope.high
-    assert (slope.n, slope.definition["sizes"]) == (12, SIZES)
+    assert (slope.n, slope.definition["sizes"]) == (12, "16 20 25 40")
     steps = {
         r.definition["num_members"]: r.value
         for r in named(records, "onset/step", labels="none", event="ratio reaches 0.1")
@@ -129,7 +129,7 @@ def test_a_size_where_a_run_never_got_there_has_no_onset_and_leaves_the_slope() 
     assert late.value is None
     assert late.definition["runs_that_got_there"] == 0
     (slope,) = named(found, "onset/slope", event="ratio reaches 0.1")
-    assert slope.definition["sizes"] == [16, 20, 25]
+    assert slope.definition["sizes"] == "16 20 25"
 
 
 def test_onset_by_the_rule_of_the_summaries_lies_on_the_grid(records: list[Record]) -> None:
