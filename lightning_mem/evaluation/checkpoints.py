@@ -117,7 +117,8 @@ def measure_checkpoints(
             )
             samples.settings = settings
             name = f"{checkpoint.path.stem} (step {checkpoint.step}, {target.weights})"
-            records = measure_source(Source(samples, name, out, checkpoint.step), measure, pairs).records
+            source = Source(samples, name, out, checkpoint.step, generator=checkpoint.path.parent.parent.name)
+            records = measure_source(source, measure, pairs).records
         found.append(records)
     draw_curves({out.name: [r for records in found for r in records]}, out / "images" / "curves.png", str(out))
     return found

@@ -31,6 +31,7 @@ class Source:
         out: Folder of records, ledger and pictures.
         step: Optimizer steps of the network they came from; 0 where there is none.
         run: Run folder whose last evaluation they are; null for all others.
+        generator: What drew them, for the records; null for ``name``.
     """
 
     samples: SampleSet
@@ -38,6 +39,7 @@ class Source:
     out: Path
     step: int = 0
     run: Path | None = None
+    generator: str | None = None
 
 
 def find_sources(
@@ -81,8 +83,9 @@ def find_sources(
 
 
 def is_own(folder: Path, reference: Reference) -> bool:
-    """Whether a folder is that of a run that was trained on this reference's members."""
-    return is_run(folder) and written_digests(folder).get("members") == reference.members_digest
+    """Whether a folder is that of a run with these very members and held-out images."""
+    own = {"members": reference.members_digest, "heldout": reference.heldout_digest}
+    return is_run(folder) and written_digests(folder) == own
 
 
 def measure_source(source: Source, measure: Measure, pairs: int = 32) -> Measurement:
@@ -93,7 +96,7 @@ def measure_source(source: Source, measure: Measure, pairs: int = 32) -> Measure
         samples,
         step=step,
         config_digest=known[-1].config_digest if known else "",
-        run=source.run.name if source.run is not None else source.name,
+        run=source.generator or source.name,
         seed=int(samples.settings.get("sample_seed", 0)),
     )
     update_ledger(source.out / "ledger.csv", samples, measure.reference, measurement, step)

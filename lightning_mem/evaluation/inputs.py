@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from lightning_mem.data import GREY_RULE, RESIZE_RULE, ArraySource, FolderSource, fit_image, read_image
 from lightning_mem.data.split import image_digest
+from lightning_mem.records import digest
 from lightning_mem.types import SampleSet
 
 FIT_RULE = f"{RESIZE_RULE}; grey by {GREY_RULE}"
@@ -152,6 +153,11 @@ def check_shape(samples: Tensor, members: Tensor, what: str) -> None:
 def count_duplicates(images: Tensor) -> int:
     """How many images repeat an earlier one pixel for pixel."""
     return len(images) - len({image_digest(image) for image in images.numpy()})
+
+
+def content_digest(images: Tensor) -> str:
+    """Of the images' contents, whatever their order: what ``members.json`` calls the digest of a set."""
+    return digest(sorted(image_digest(image) for image in images.numpy()))
 
 
 def read_run_config(path: str | Path) -> dict[str, Any]:

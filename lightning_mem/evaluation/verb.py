@@ -4,6 +4,7 @@ import os
 import sys
 from argparse import SUPPRESS
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,14 @@ from lightning_mem.evaluation.evaluate import (
     parse_limits,
     print_measurement,
 )
-from lightning_mem.evaluation.inputs import check_members, is_run, read_run_config, read_stack, shape_of
+from lightning_mem.evaluation.inputs import (
+    check_members,
+    content_digest,
+    is_run,
+    read_run_config,
+    read_stack,
+    shape_of,
+)
 from lightning_mem.evaluation.measure import EVERY, Measure, MetricName
 from lightning_mem.evaluation.reference import Reference, folder_files
 from lightning_mem.evaluation.table import curve_table
@@ -66,6 +74,7 @@ def evaluate(
     cache_dir: str | None = "auto",
     device: str = "auto",
     trainer: Mapping[str, Any] | None = None,
+    run: str | None = None,
 ) -> list[str]:
     """Measure samples of any generator against a training set: every metric, its interval and held-out control.
 
@@ -106,7 +115,8 @@ def evaluate(
         cache_dir: Folder where features of reference images are kept; ``auto`` takes the environment's
             LIGHTNING_MEM_CACHE, else ``~/.cache/lightning_mem``; null keeps none.
         device: Where to compute; ``auto`` takes a GPU where there is one.
-        trainer: Of the run's configuration: names its folder and how it was measured.
+        trainer: Of the run's configuration: how it measured itself.
+        run: Folder of the run that ``data`` is of: its ``members.json`` must name the images that are found.
 
     Returns:
         What lies above its limit, in words; empty when nothing does.
@@ -120,12 +130,10 @@ def evaluate(
     if pairs < 1:
         raise ValueError(f"pairs must be at least 1, got {pairs}")
     limits = parse_limits(fail_above or [])
-    run, found = None, find_checkpoints(checkpoints) if checkpoints is not None else []
+    found = find_checkpoints(checkpoints) if checkpoints is not None else []
     given = [path for path in samples or [] if is_run(path)] or [str(c.path.parent.parent) for c in found[:1]]
-    if trainer is not None and trainer.get("default_root_dir"):
-        run = Path(trainer["default_root_dir"])
     if members is None and source is None and data is None and given and is_run(given[0]):
-        run, config = Path(given[0]), read_run_config(given[0])
+        run, config = given[0], read_run_config(given[0])
         data, trainer = config["data"], config.get("trainer")
     measured = _run_settings(trainer)
     reference = _reference(samples, data, source, members, heldout, run, resize)
@@ -148,7 +156,7 @@ def evaluate(
         }  # fmt: skip
         settings = {key: measured[key] for key in asked if key in measured}
         draw = Draw(**settings | {key: value for key, value in asked.items() if value is not None}, weights=weights)
-        folder = Path(out) if out else (run or found[0].path.parent) / "checkpoints_evaluation"
+        folder = Path(out or found[0].path.parent.parent / "checkpoints_evaluation")
         all_records = measure_checkpoints(found, measure, draw, folder, pairs=pairs)
         console.print(curve_table(all_records, f"{checkpoints}: {draw.num_samples} samples each"))
         console.print(f"results.jsonl, ledger.csv and images/curves.png in {folder}\n")
@@ -174,7 +182,7 @@ def _reference(
     source: AbstractSource | None,
     members: str | None,
     heldout: str | None,
-    run: Path | None,
+    run: str | None,
     resize: bool,
 ) -> Reference:
     if members is not None:
@@ -184,9 +192,10 @@ def _reference(
         held = None if heldout is None else read_stack(heldout)
         if held is not None and held.shape[1:] != stack.shape[1:]:
             raise ValueError(f"{members} holds images {tuple(stack.shape[1:])}, {heldout} {tuple(held.shape[1:])}")
-        if Path(members).is_dir():
-            return Reference.from_images(stack, held, folder_files(FolderSource(members)))
-        return Reference.from_images(stack, held)
+        files = {"file_of": folder_files(FolderSource(members))} if Path(members).is_dir() else {}
+        found = Reference.from_images(stack, held, **files)
+        # as a run names its sets, so that its checkpoints know them
+        return replace(found, members_digest=content_digest(stack), heldout_digest=content_digest(found.heldout))
     if heldout is not None:
         raise ValueError("--heldout goes with --members; for a source, use --data.num_heldout or --data.heldout")
     if data is None and source is None:
@@ -194,7 +203,7 @@ def _reference(
     module = _datamodule(dict(data or {}), source, samples, resize)
     module.prepare_data()
     module.setup()
-    if run is not None and data is not None:
+    if run is not None:
         check_members(run, {"members": module.members.digest, "heldout": module.heldout.digest})
     return Reference.from_datamodule(module)
 
@@ -241,10 +250,16 @@ def add_options(parser: ArgumentParser) -> None:
         "--fail_above", "--fail-above", action="append", type=str, default=[], metavar="KEY=NUMBER",
         help="Exit with status 1 when a number is above this limit, e.g. memorization/ratio=0.01; may be repeated.",
     )  # fmt: skip
-    parser.add_function_arguments(evaluate, skip={"samples", "data", "fail_above", "trainer"})
+    parser.add_function_arguments(evaluate, skip={"samples", "data", "fail_above", "trainer", "run"})
     parser.add_class_arguments(MemorizationDataModule, "data", instantiate=False)
     for name in ("trainer", *NOT_USED):
         parser.add_argument(f"--{name}", type=_as_it_is, default=None, help=SUPPRESS)
+
+
+def _plain(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of the data module that can be compared: a source by its class and arguments."""
+    source = data.get("source")
+    return {**data, "source": (type(source), vars(source) if isinstance(source, AbstractSource) else source)}
 
 
 def run_evaluate(config: Any = None, data: Namespace | None = None, **options: Any) -> None:
@@ -267,15 +282,20 @@ def run_evaluate(config: Any = None, data: Namespace | None = None, **options: A
     Raises:
         SystemExit: With status 1 when a number lies above its limit, 2 for errors.
     """
-    defaults = ArgumentParser()
-    defaults.add_class_arguments(MemorizationDataModule, "data", instantiate=False)
+    parser = ArgumentParser()
+    parser.add_class_arguments(MemorizationDataModule, "data", instantiate=False)
     chosen = None if data is None else data.as_dict()
-    if not config and chosen == defaults.get_defaults().data.as_dict():
+    if not config and chosen == parser.get_defaults().data.as_dict():
         chosen = None
     for name in NOT_USED:
         options.pop(name, None)
     try:
-        above = evaluate(data=chosen, **options)
+        run = None
+        for folder in (Path(str(file)).parent for file in config or []):
+            if is_run(folder):  # overridden, the data are no longer the run's
+                own = parser.instantiate_classes(parser.parse_object({"data": read_run_config(folder)["data"]}))
+                run = str(folder) if _plain(own.data.as_dict()) == _plain(chosen or {}) else None
+        above = evaluate(data=chosen, run=run, **options)
     except (ValueError, OSError, RuntimeError, ArithmeticError) as error:
         if os.environ.get("LIGHTNING_MEM_TRACEBACK"):
             raise

@@ -5,8 +5,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from planting import write_npz
 
 from lightning_mem.cli import run
+from lightning_mem.data import MemorizationDataModule
 from lightning_mem.evaluation import checkpoints
 from lightning_mem.evaluation.verb import evaluate
 from lightning_mem.records import TIME_FIELDS, read_records
@@ -85,5 +87,9 @@ def test_a_limit_holds_for_checkpoints_already_measured(finished: Path, monkeypa
 
 def test_checkpoints_of_other_images_are_refused(finished: Path) -> None:
     pattern = str(finished / "checkpoints" / "last.ckpt")
+    data = MemorizationDataModule(num_members=20, num_heldout=24)
+    data.setup()
+    write_npz("members.npz", data.members.images.flip(0))  # the same images in a file, in another order
+    evaluate(checkpoints=pattern, members="members.npz", out="out", metrics=["ratio"])
     with pytest.raises(ValueError, match=r"last.ckpt was trained on the member set .*use the run's own config.yaml"):
         evaluate(checkpoints=pattern, data={"num_members": 30, "num_heldout": 10})

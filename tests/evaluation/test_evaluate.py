@@ -183,6 +183,9 @@ def test_a_run_is_found_from_its_samples_alone_and_its_images_are_checked(folder
     (folder / "members.json").write_text(json.dumps(members))
     with pytest.raises(ValueError, match=r"run/members.json names members with the digest 0000.*source has changed"):
         evaluate(["run"], metrics=["ratio"])
+    options = ["--samples", "run", "--config", "run/config.yaml", "--metrics", "[ratio]"]
+    assert status(*options) == 2
+    assert status(*options, "--data.num_members", "30") == 0  # no longer the run's: asked for
 
 
 def test_samples_of_one_run_measured_against_another_stay_out_of_its_folder(folder: Path) -> None:
