@@ -1,5 +1,8 @@
 """A picture of rows in few dimensions that never enlarges a distance: most of a bank need not be looked at closer."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -10,6 +13,9 @@ DIMENSIONS = 48
 
 WIDTH = 32
 """Rows of the bank that are looked at as one, near each other where there is a projection."""
+
+TILE = 64 * WIDTH
+"""Rows of the bank whose pictures are multiplied at a time: the products stay in the processor's cache."""
 
 SAMPLE = 512
 """Rows whose principal directions are taken."""
@@ -56,8 +62,9 @@ class Projection:
     def coordinates(self, codes: Codes, rows: Coded) -> Tensor:
         """float64 [n, m + 1]."""
         integers = isinstance(codes, IntegerCodes)
+        size = 4096 if integers else SLICE  # only floats are widened
         parts = []
-        for part, squares in zip(rows.codes.split(SLICE), rows.squares.split(SLICE), strict=True):
+        for part, squares in zip(rows.codes.split(size), rows.squares.split(size), strict=True):
             if integers:
                 along = exact_products(part, self.directions.T.contiguous(), torch.int32).double() @ self.whiten
             else:
@@ -90,26 +97,53 @@ def picture_limits(queries: Coded, bank: Coded, radii: Tensor) -> Tensor:
     return closeness_limits(squares, largest, radius, 2.0**-23 * (DIMENSIONS + 8) * norms * largest.sqrt())
 
 
-def strip_tops(table: Tensor) -> Tensor:
-    """[q, n // WIDTH]: the largest of each ``WIDTH`` columns; what is left at the end has none."""
-    return table[:, : table.shape[1] // WIDTH * WIDTH].unflatten(1, (-1, WIDTH)).amax(-1)
-
-
-def survivors(table: Tensor, tops: Tensor, limits: Tensor) -> Tensor:
-    """Columns in which some row is not below its limit, int64 ascending; strips of columns first, by their maximum.
+@dataclass(frozen=True)
+class Closeness:
+    """Closeness of some queries to n rows, of which only what is asked for need be held.
 
     Args:
-        table: [q, n].
-        tops: Its ``strip_tops``.
-        limits: [q], of the table's dtype.
+        tops: [q, n // WIDTH], the largest of each strip of ``WIDTH`` columns; what is left at the end has none.
+        count: n.
+        columns: Gives the closeness [q, c] of columns int64 [c].
     """
-    whole = tops.shape[1] * WIDTH
-    kept = _reached(tops, limits).nonzero()[:, 0]
-    strips = table[:, :whole].unflatten(1, (-1, WIDTH)).index_select(1, kept)
-    inside = _reached(strips.flatten(1), limits).view(-1, WIDTH)
-    columns = (kept[:, None] * WIDTH + torch.arange(WIDTH, device=table.device))[inside]
-    rest = _reached(table[:, whole:], limits).nonzero()[:, 0] + whole
-    return torch.cat([columns, rest])
+
+    tops: Tensor
+    count: int
+    columns: Callable[[Tensor], Tensor]
+
+    @classmethod
+    def of_table(cls, table: Tensor) -> "Closeness":
+        """All of it, [q, n]."""
+        return cls(_strip_tops(table), table.shape[1], lambda columns: table.index_select(1, columns))
+
+    @classmethod
+    def of_pictures(cls, queries: Tensor, bank: Tensor) -> "Closeness":
+        """Of pictures, multiplied a tile at a time: writing the whole table would take longer than its products."""
+        tiles = [_strip_tops(queries @ tile.T) for tile in bank.split(TILE)]
+        return cls(torch.cat(tiles, dim=1), len(bank), lambda columns: queries @ bank.index_select(0, columns).T)
+
+    def strips(self, places: Tensor) -> Tensor:
+        """Columns of these strips, int64 [s * WIDTH]."""
+        return (places[:, None] * WIDTH + torch.arange(WIDTH, device=places.device)).flatten()
+
+    def best(self, count: int) -> Tensor:
+        """int64 [q, count]: columns with the largest closeness in the best strips, count at most their number."""
+        places, inside = self.tops.topk(count, dim=1).indices.unique(return_inverse=True)
+        columns = self.strips(places)
+        cells = self.columns(columns).unflatten(1, (-1, WIDTH))
+        own = cells.gather(1, inside[..., None].expand(-1, -1, WIDTH)).flatten(1).topk(count, dim=1).indices
+        return columns[inside.gather(1, own // WIDTH) * WIDTH + own % WIDTH]
+
+    def survivors(self, limits: Tensor) -> Tensor:
+        """Columns in which some query is not below its limit [q], int64 ascending; strips first, by their maximum."""
+        kept = _reached(self.tops, limits).nonzero()[:, 0]
+        rest = torch.arange(self.tops.shape[1] * WIDTH, self.count, device=limits.device)
+        columns = torch.cat([self.strips(kept), rest])
+        return columns[_reached(self.columns(columns), limits)]
+
+
+def _strip_tops(table: Tensor) -> Tensor:
+    return table[:, : table.shape[1] // WIDTH * WIDTH].unflatten(1, (-1, WIDTH)).amax(-1)
 
 
 def _reached(table: Tensor, limits: Tensor) -> Tensor:

@@ -11,12 +11,11 @@ from lightning_mem.metrics.projection import (
     DIMENSIONS,
     SAMPLE,
     WIDTH,
+    Closeness,
     Projection,
     in_boxes,
     picture,
     picture_limits,
-    strip_tops,
-    survivors,
 )
 
 
@@ -68,15 +67,14 @@ class Search:
     def run(self, queries: Side, bank: Side, first: int = 0) -> Tensor:
         """Keys int64 [queries, k], ascending; ``first`` is the place of the bank's first row."""
         step = max(1, min(QUERIES, queries.count, self.budget // (64 * bank.dim)))
-        query_bytes = 4 * bank.dim + 512
+        code = 1 if isinstance(self.codes, IntegerCodes) else 2
+        query_bytes = queries.dim * (queries.copied + 2 * code) + 512
         most = max(step, min(queries.count, self.budget // 4 // query_bytes))
         left = self.budget - most * query_bytes
         held = max(1, left // self._row_bytes(bank, step))
         # chunks of one size: a short last one costs as many steps as the others
         held = -(-bank.count // -(-bank.count // held))
         device = bank.read(slice(0, 1)).device
-        if self.projection is not None:  # one table for all steps: new memory would cost more than the product
-            self._table = torch.empty(step * held, device=device)
         answer = torch.full((queries.count, self.k), NOTHING, dtype=torch.int64, device=device)
         for start in range(0, queries.count, most):
             query = self._queries(queries, slice(start, min(start + most, queries.count)))
@@ -120,24 +118,20 @@ class Search:
         codes = self.codes
         if not self._has_stages(query, chunk):
             return self._densely(query, chunk, best)
-        if query.picture is None or chunk.picture is None or self.projection is None:
-            table = codes.closeness(query, chunk)
-            tops = strip_tops(table)
-            best = self._probed(query, chunk, table, tops, best)
-        else:
-            table = self._table[: len(query) * len(chunk)].view(len(query), len(chunk))
-            torch.mm(query.picture, chunk.picture.T, out=table)
-            tops = strip_tops(table)
-            best = self._probed(query, chunk, table, tops, best)
-            left = survivors(table, tops, picture_limits(query, chunk, codes.radii(best[:, -1])))
+        if query.picture is not None and chunk.picture is not None and self.projection is not None:
+            look = Closeness.of_pictures(query.picture, chunk.picture)
+            best = self._probed(query, chunk, look, best)
+            left = look.survivors(picture_limits(query, chunk, codes.radii(best[:, -1])))
             self._note(len(left) / len(chunk))
             if len(left) == 0:
                 return best
             chunk = chunk.take(left)
             table = codes.closeness(query, chunk)
-            tops = strip_tops(table)
+        else:
+            table = codes.closeness(query, chunk)
+            best = self._probed(query, chunk, Closeness.of_table(table), best)
         limits = codes.limits(query, chunk, best[:, -1])
-        left = survivors(table, tops, limits)
+        left = Closeness.of_table(table).survivors(limits)
         if len(left) == 0:
             return best
         table, chunk = table.index_select(1, left), chunk.take(left)
@@ -171,17 +165,13 @@ class Search:
         if len(self._left) >= 4 and sum(self._left) / len(self._left) > FEW:
             self.projection = None
 
-    def _probed(self, query: Coded, chunk: Coded, table: Tensor, tops: Tensor, best: Tensor) -> Tensor:
+    def _probed(self, query: Coded, chunk: Coded, look: Closeness, best: Tensor) -> Tensor:
         """The best looking rows of the best looking strips, exactly: after that the k-th can only be nearer."""
-        strips = table[:, : tops.shape[1] * WIDTH].unflatten(1, (-1, WIDTH))
         count = self.k + 1
         while True:
-            count = min(count, tops.shape[1])
-            places = tops.topk(count, dim=1).indices
-            cells = strips.gather(1, places[..., None].expand(-1, -1, WIDTH)).flatten(1).topk(count, dim=1).indices
-            columns = places.gather(1, cells // WIDTH) * WIDTH + cells % WIDTH
-            found = self._merged(best, self.codes.probe_keys(query, chunk, columns), None)
-            if count == tops.shape[1] or not (found[:, -1] == NOTHING).any():
+            count = min(count, look.tops.shape[1])
+            found = self._merged(best, self.codes.probe_keys(query, chunk, look.best(count)), None)
+            if count == look.tops.shape[1] or not (found[:, -1] == NOTHING).any():
                 return found
             count *= 4  # one group can fill many strips
 
