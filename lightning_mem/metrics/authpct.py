@@ -57,7 +57,7 @@ def authenticity(samples: Rows, bank: Rows, *, groups: Rows | None = None, chunk
         samples: [N, ...] images or features.
         bank: [M, ...] training images or features, M >= 2.
         groups: int64 [M]; training images of one group (duplicates) are no neighbours of each other. Null: all are.
-        chunk_bytes: Working memory in bytes. Null: 256 MiB.
+        chunk_bytes: Working memory in bytes. Null: 512 MiB.
 
     Returns:
         A fraction in [0, 1], higher is better; :func:`wilson_interval` gives its interval.
@@ -103,7 +103,7 @@ class Authenticity(ShareNearBank):
         bank: uint8 [N, C, H, W] training images; tensor or (memory-mapped) array.
         groups: int64 [N]; images of one group are no neighbours of each other. Null: exact duplicates form groups.
         mirror: Whether mirror images form groups too, where ``groups`` is null.
-        chunk_bytes: Working memory of a search in bytes. Null: 256 MiB.
+        chunk_bytes: Working memory of a search in bytes. Null: 512 MiB.
     """
 
     higher_is_better = True

@@ -26,7 +26,7 @@ def eidetic_count(image: Rows, bank: Rows, delta: float, *, chunk_bytes: int | N
         image: [C, H, W] of the bank's shape, or [B, C, H, W] of several; uint8 (as x/255) or floats in [0, 1].
         bank: [N, C, H, W] training images, uint8 or floats in [0, 1]; may be memory-mapped, it is read chunk by chunk.
         delta: RMS-L2 on the [0, 1] scale, positive or 0. The literature uses 0.15.
-        chunk_bytes: Working memory in bytes; at least one row is held. Null: 256 MiB.
+        chunk_bytes: Working memory in bytes; at least one row is held. Null: 512 MiB.
 
     Returns:
         How many, in 0 .. N; int64 [B] for several images.
@@ -126,7 +126,7 @@ class EideticMemorization(Metric):
         k: Most training images within delta of an eidetic one, itself included, at least 1. Null: no limit.
         tiles: Tiles along each side; 1 compares whole images.
         blocks: Blocks of samples that the interval leaves out in turn, at least 2.
-        chunk_bytes: Working memory in bytes. Null: 256 MiB.
+        chunk_bytes: Working memory in bytes. Null: 512 MiB.
 
     Raises:
         ValueError: If a number is outside its range or the images are not uint8 [N, C, H, W].

@@ -95,7 +95,7 @@ def neighborhood_radii(features: Rows, k: int = 5, *, chunk_bytes: int | None = 
     Args:
         features: [N, d], N above k.
         k: At least 1. Equal rows are neighbours at distance 0: with k of them the radius is 0.
-        chunk_bytes: Working memory in bytes. Null: 256 MiB.
+        chunk_bytes: Working memory in bytes. Null: 512 MiB.
 
     Returns:
         float32 [N].
@@ -131,7 +131,7 @@ def manifold_overlap(
         k: Neighbours, at least 1.
         radii: :func:`neighborhood_radii` of the reference at this k. Null: they are computed.
         blocks: Blocks of samples that intervals leave out in turn, at least 1.
-        chunk_bytes: Working memory in bytes; the n x m matrix is never held. Null: 256 MiB.
+        chunk_bytes: Working memory in bytes; the n x m matrix is never held. Null: 512 MiB.
 
     Returns:
         The counts, from which all four numbers follow.
@@ -188,7 +188,7 @@ def prdc(samples: Rows, reference: Rows, k: int = 5, *, chunk_bytes: int | None 
         samples: [n, d] features of samples, n above k.
         reference: [m, d] features of reference images, m above k.
         k: Neighbours, at least 1. 3 is used for precision and recall, 5 for density and coverage.
-        chunk_bytes: Working memory in bytes. Null: 256 MiB.
+        chunk_bytes: Working memory in bytes. Null: 512 MiB.
 
     Returns:
         The four by name. Higher is better; density may exceed 1. ``manifold_overlap(...).intervals()`` gives intervals.
@@ -233,7 +233,7 @@ class PrecisionRecallDensityCoverage(Metric):
         extractor: The one the reference was extracted with.
         k: Neighbours, at least 1.
         block: Images per call of the network.
-        chunk_bytes: Working memory in bytes. Null: 256 MiB.
+        chunk_bytes: Working memory in bytes. Null: 512 MiB.
 
     Raises:
         ValueError: If the reference has too few rows or another width than the extractor's features.

@@ -192,7 +192,7 @@ class MemorizationRatio(ShareNearBank):
         groups: int64 [N]; images of one group count once. Null: exact duplicates form groups.
         threshold: In (0, 1). The literature uses 1/3.
         mirror: Whether mirror images form groups too, where ``groups`` is null.
-        chunk_bytes: Working memory of a search in bytes. Null: 256 MiB.
+        chunk_bytes: Working memory of a search in bytes. Null: 512 MiB.
     """
 
     def __init__(
@@ -226,7 +226,7 @@ class NormalizedL2(ShareNearBank):
         cut: An image counts where its adaptive distance is below it; in (0, 1 / alpha). 1.0 and 1.4 are in use.
         groups: int64 [N]; images of one group count once. Null: exact duplicates form groups.
         mirror: Whether mirror images form groups too, where ``groups`` is null.
-        chunk_bytes: Working memory of a search in bytes. Null: 256 MiB.
+        chunk_bytes: Working memory of a search in bytes. Null: 512 MiB.
     """
 
     def __init__(

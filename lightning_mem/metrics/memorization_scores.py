@@ -46,7 +46,7 @@ class MemorizationScores(Metric):
         k: Neighbours in the mean of ``normalized_l2``; at most the number of groups is taken.
         alpha: Its factor, positive.
         blocks: Blocks of samples that UMS's interval leaves out in turn, at least 2.
-        chunk_bytes: Working memory in bytes. Null: 256 MiB.
+        chunk_bytes: Working memory in bytes. Null: 512 MiB.
 
     Raises:
         ValueError: If a band, a threshold or a number is outside its range, or groups do not fit the bank.

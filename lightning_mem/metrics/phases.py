@@ -122,7 +122,7 @@ class SamplePhases(Metric):
         bank: uint8 [N, C, H, W] training images; tensor or (memory-mapped) array.
         delta_members: RMS-L2 on the [0, 1] scale, at least 0; :func:`phase_threshold` gives one.
         delta_samples: RMS-L2 on the [0, 1] scale, at least 0.
-        chunk_bytes: Working memory of a search in bytes. Null: 256 MiB.
+        chunk_bytes: Working memory of a search in bytes. Null: 512 MiB.
 
     Raises:
         ValueError: If a delta is negative or the bank is not uint8 [N, C, H, W].

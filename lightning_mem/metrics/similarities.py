@@ -39,7 +39,7 @@ def score_blocks(
         bank: [N, ...] of as many values per row; may be memory-mapped.
         measure: Of the scores.
         scale: float64 [Q]; for ``normalized_l2``, what each query's distances are divided by.
-        chunk_bytes: Working memory in bytes; at least one row of each side is held. Null: 256 MiB.
+        chunk_bytes: Working memory in bytes; at least one row of each side is held. Null: 512 MiB.
 
     Yields:
         Rows of the queries, rows of the bank, and their scores, float32 [rows, rows]. All queries of a block of the

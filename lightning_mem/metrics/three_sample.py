@@ -62,7 +62,7 @@ def data_copying(
         cells: K, at least 1; 1 compares everything with everything.
         fewest: A cell with fewer samples, fewer held-out images, or no training image, is left out; at least 2.
         seed: Of the K-means start, drawn at ``(seed, "data-copying")``.
-        chunk_bytes: Working memory of a search in bytes. Null: 256 MiB.
+        chunk_bytes: Working memory of a search in bytes. Null: 512 MiB.
 
     Returns:
         C_T and its parts. A z score: without copying it lies around 0 with :attr:`DataCopying.deviation`.
