@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import faiss
 import numpy as np
@@ -146,6 +147,21 @@ def compare(name: str, args: argparse.Namespace) -> list[Record]:
     return report(name, seconds, wrong, args)
 
 
+def about(name: str, args: argparse.Namespace) -> dict[str, Any]:
+    """What was searched, for definitions."""
+    return {
+        "data": "noise" if name == "noise" else "patches",
+        "regions": {"noise": "none", "disjoint": "disjoint"}.get(name, "overlapping"),
+        "queries": args.queries,
+        "bank_size": args.bank,
+        "dim": 3 * SIDE * SIDE,
+        "k": K,
+        "ours_dtype": "float32" if name == "noise" else "uint8",
+        "threads": torch.get_num_threads(),
+        "device": machine(),
+    }
+
+
 def report(name: str, seconds: dict[str, list[float]], wrong: dict[str, int], args: argparse.Namespace) -> list[Record]:
     """Print the table of one data set and make its records."""
     table = Table(title=f"{name}: {args.queries:,} x {args.bank:,} x {3 * SIDE * SIDE}, k = {K}")
@@ -163,29 +179,27 @@ def report(name: str, seconds: dict[str, list[float]], wrong: dict[str, int], ar
         shown = ["-" if v is None else f"{v:.2f}" for v in (value, *ends)]
         table.add_row(side, " ".join(f"{v:.2f}" for v in seconds[side]), *shown, f"{wrong[side]} of {args.checked}")
         if side == "ours":
+            own = float(torch.tensor(seconds[side]).quantile(0.5))
+            records.append(Record("neighbors/seconds/ours", own, len(each), 0, unit="s",
+                                  definition=about(name, args), seconds=round(sum(seconds[side]), 2)))  # fmt: skip
             continue
         definition = {
-            "data": "noise" if name == "noise" else "patches",
-            "regions": {"noise": "none", "disjoint": "disjoint"}.get(name, "overlapping"),
+            **about(name, args),
             "peer": PEERS[side],
             "queries": args.few if side == "broadcast" else args.queries,
-            "bank_size": args.bank,
-            "dim": 3 * SIDE * SIDE,
-            "k": K,
-            "ours_dtype": "float32" if name == "noise" else "uint8",
             "peer_dtype": "float32",
-            "threads": torch.get_num_threads(),
             "statistic": "median over pairs of seconds per query, peer / ours: above 1 ours is faster",
             "interval": "percentile bootstrap over pairs 95%" if len(each) > 1 else "none: one pair",
             "checked": args.checked,
-            "wrong_of_peer": wrong[side],
-            "ours_seconds": round(float(torch.tensor(seconds["ours"]).quantile(0.5)), 2),
-            "device": machine(),
         }
-        records.append(
+        took = round(sum(seconds[side]), 2)
+        records += [
             Record(f"neighbors/speedup/{side}", value, len(each), 0, *ends, unit="ratio", definition=definition,
-                   seconds=round(sum(seconds[side]), 2))
-        )  # fmt: skip
+                   seconds=took),
+            Record(f"neighbors/wrong/{side}", wrong[side], args.checked, 0, unit="queries", definition=definition),
+            Record(f"neighbors/seconds/{side}", float(torch.tensor(seconds[side]).quantile(0.5)), len(each), 0,
+                   unit="s", definition=definition, seconds=took),
+        ]  # fmt: skip
     Console(width=120).print(table)
     return records
 

@@ -1,6 +1,7 @@
 """The benchmarks run and write what they say; how fast anything is, is not a test's business."""
 
 import importlib
+import time
 from pathlib import Path
 from types import ModuleType
 
@@ -60,3 +61,39 @@ def test_unequal_samplers_are_not_compared(script: ModuleType, tmp_path: Path, m
     monkeypatch.setattr(script, "sample_x0", lambda *given, **options: original(*given, **options) + 1e-3)
     with pytest.raises(SystemExit, match="the two samplers disagree"):
         script.main(["--steps", "2", "--batch_size", "2", "--num_samples", "2", "--out", str(tmp_path / "x.jsonl")])
+
+
+@pytest.mark.parametrize("script", ["neighbors"], indirect=True)
+def test_neighbours_are_compared_with_every_peer_and_checked(
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "results.jsonl"
+    sizes = ["--queries", "12", "--bank", "150", "--few", "3", "--checked", "12", "--pairs", "2", "--threads", "1"]
+    sizes += ["--mapped", "300", "--chunk_mib", "1", "--out", str(out)]
+    script.main([*sizes, "--data", "patches", "noise"])
+    records = {(r.name, r.definition.get("data")): r for r in read_records(out)}
+    for data in ("patches", "noise"):
+        for peer in ("cdist", "faiss", "sklearn", "broadcast"):
+            assert records[f"neighbors/speedup/{peer}", data].value > 0
+            assert records[f"neighbors/wrong/{peer}", data].value == 0
+    assert records["neighbors/speedup/faiss", "patches"].n == 2
+    assert {r.definition["storage"] for r in read_records(out) if r.name == "neighbors/extra_memory"} == {
+        "resident",
+        "mapped",
+    }
+    # the second nearest as the nearest: nothing may be recorded
+    true = script.nearest_neighbors
+    monkeypatch.setattr(script, "nearest_neighbors", lambda *given, **options: (None, true(*given)[1].roll(1, 0)))
+    with pytest.raises(SystemExit, match="of our answers are not the nearest"):
+        script.main([*sizes[:-1], str(tmp_path / "wrong.jsonl"), "--data", "patches"])
+    assert not (tmp_path / "wrong.jsonl").exists()
+
+
+def test_memory_of_a_peak_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    script = importlib.import_module("neighbors")
+    with script.peak_memory() as peak:
+        held = bytearray(64 * 2**20)
+        time.sleep(0.05)
+        del held
+    assert 60 * 2**20 < peak["extra"] < 80 * 2**20

@@ -63,11 +63,12 @@ class Search:
         self.codes, self.k, self.group_of, self.budget = codes, k, group_of, budget
         self.projection = projection
         self._left: list[float] = []
+        self._code_bytes = 1 if isinstance(codes, IntegerCodes) else 2
 
     def run(self, queries: Side, bank: Side, first: int = 0) -> Tensor:
         """Keys int64 [queries, k], ascending; ``first`` is the place of the bank's first row."""
         step = max(1, min(QUERIES, queries.count, self.budget // (64 * bank.dim)))
-        code = 1 if isinstance(self.codes, IntegerCodes) else 2
+        code = self._code_bytes
         query_bytes = queries.dim * (queries.copied + 2 * code) + 512
         most = max(step, min(queries.count, self.budget // 4 // query_bytes))
         left = self.budget - most * query_bytes
@@ -90,9 +91,9 @@ class Search:
 
     def _row_bytes(self, bank: Side, step: int) -> int:
         """Working memory of one row of a chunk: as read, coded, put in order, gathered; and its columns of tables."""
-        code = 1 if isinstance(self.codes, IntegerCodes) else 2
+        code = self._code_bytes
         ordered = 0 if self.projection is None else code
-        tables = 48 if bank.count <= SMALL else 8
+        tables = 48 if bank.count <= SMALL else 16 if self.projection is None else 4
         return bank.dim * (bank.copied + code + ordered) + bank.dim // 4 + tables * step + 512
 
     def _queries(self, queries: Side, rows: slice) -> Coded:
