@@ -176,10 +176,10 @@ class IntegerCodes(Codes):
 
 
 class RoundedCodes(Codes):
-    r"""Floats, centred, scaled by a power of two and rounded to bfloat16, with the length of what was rounded off.
+    r"""Floats, centred, scaled by a power of two and rounded, with the length of what was rounded off.
 
-    With rows :math:`x = \tilde x + e_x`, :math:`|q - b| \ge |\tilde q - \tilde b| - |e_q| - |e_b|`. Products of codes
-    are bfloat16's own where the processor has them, else those of float32, in which codes are exact.
+    With rows :math:`x = \tilde x + e_x`, :math:`|q - b| \ge |\tilde q - \tilde b| - |e_q| - |e_b|`. Rounded to bfloat16
+    where the processor multiplies that faster, else to float32.
 
     Args:
         sample: Rows of the bank [s, D] for centre and scale.
@@ -192,13 +192,13 @@ class RoundedCodes(Codes):
         self.center = values.mean(0).float().double()  # the same for sides that are centred in float32 and in float64
         largest = (values - self.center).square().sum(1).max().sqrt().item()
         self.scale = 2.0 ** -math.frexp(largest)[1] if largest > 0 else 1.0
-        self.native = has_bfloat16(values.device)
+        self.dtype = torch.bfloat16 if has_bfloat16(values.device) else torch.float32
 
     def encode(self, name: str, values: Tensor, index: Tensor) -> Coded:
         """Codes, their squared norms, and the norms of what was rounded off."""
         wide = values.dtype in (torch.float64, torch.uint8)
         center = self.center if wide else self.center.float()
-        codes = torch.empty(values.shape, dtype=torch.bfloat16, device=values.device)
+        codes = torch.empty(values.shape, dtype=self.dtype, device=values.device)
         squares, slack = (torch.empty(len(values), dtype=torch.float64, device=values.device) for _ in range(2))
         for start in range(0, len(values), SLICE):
             rows = slice(start, start + SLICE)
@@ -206,7 +206,7 @@ class RoundedCodes(Codes):
             check_finite(name, part, index[rows])
             moved = (part if wide else part.float()) - center
             moved *= self.scale
-            codes[rows] = moved.to(torch.bfloat16)
+            codes[rows] = moved.to(self.dtype)
             rounded = codes[rows].to(moved.dtype)
             norms = torch.linalg.vector_norm(moved, dim=1, dtype=torch.float64)
             # centring in float32 rounds too, by 2^-24 of each value; four times that covers the norms' own error
@@ -221,10 +221,7 @@ class RoundedCodes(Codes):
 
     def closeness(self, queries: Coded, bank: Coded) -> Tensor:
         """q.b - |b|^2 / 2 in float32."""
-        half = (bank.squares / 2).float()
-        if self.native:
-            return queries.codes @ bank.codes.T - half
-        return (queries.codes.float() @ bank.codes.float().T).sub_(half)
+        return queries.codes @ bank.codes.T - (bank.squares / 2).float()
 
     def limits(self, queries: Coded, bank: Coded, kth_keys: Tensor) -> Tensor:
         """From :math:`|\\tilde q - \\tilde b|^2 = |\\tilde q|^2 - 2 c` for the closeness c, with its rounding."""
@@ -232,7 +229,7 @@ class RoundedCodes(Codes):
         squares, ends = queries.squares, torch.stack([bank.squares.min(), bank.squares.max()])
         # D products summed in float32 (twice the bound of Higham, section 3.1)
         error = 2.0**-23 * (queries.codes.shape[1] + 8) * (squares * ends[1]).sqrt()
-        if self.native:  # and the sum rounded to 8 bits; at distance r it is (|q|^2 + |b|^2 - r^2) / 2
+        if self.dtype == torch.bfloat16:  # and the sum rounded to 8 bits; at distance r it is (|q|^2 + |b|^2 - r^2) / 2
             error += 2.0**-8 * (squares[:, None] + ends - radius.square()[:, None]).abs().amax(1) / 2
         return closeness_limits(squares, ends[1], radius, error)
 

@@ -63,7 +63,7 @@ class Search:
         self.codes, self.k, self.group_of, self.budget = codes, k, group_of, budget
         self.projection = projection
         self._left: list[float] = []
-        self._code_bytes = 1 if isinstance(codes, IntegerCodes) else 2
+        self._code_bytes = codes.dtype.itemsize if isinstance(codes, RoundedCodes) else 1
 
     def run(self, queries: Side, bank: Side, first: int = 0) -> Tensor:
         """Keys int64 [queries, k], ascending; ``first`` is the place of the bank's first row."""
