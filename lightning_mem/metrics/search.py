@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lightning_mem.metrics.codes import NOTHING, Coded, Codes, IntegerCodes, RoundedCodes, folded
+from lightning_mem.metrics.codes import NOTHING, Coded, Codes, IntegerCodes, folded
 from lightning_mem.metrics.projection import (
     DIMENSIONS,
     SAMPLE,
@@ -17,6 +17,7 @@ from lightning_mem.metrics.projection import (
     picture,
     picture_limits,
 )
+from lightning_mem.metrics.rounded import RoundedCodes
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 from lightning_mem.metrics import codes as codes_module
 from lightning_mem.metrics import nearest_neighbors, neighbors, search
 from lightning_mem.metrics import projection as projection_module
-from lightning_mem.metrics.codes import IntegerCodes, RoundedCodes, exact_products
+from lightning_mem.metrics import rounded as rounded_module
+from lightning_mem.metrics.codes import IntegerCodes, exact_products
 from lightning_mem.metrics.projection import Projection, in_boxes, picture
+from lightning_mem.metrics.rounded import RoundedCodes
 
 
 def rng(seed):
@@ -67,7 +69,7 @@ def path(request, monkeypatch):
     """The path that a search of a few hundred rows takes."""
     lower(request.param if request.param in PATHS else "codes", monkeypatch)
     if request.param == "no bfloat16":
-        monkeypatch.setattr(codes_module, "has_bfloat16", lambda device: False)
+        monkeypatch.setattr(rounded_module, "has_bfloat16", lambda device: False)
     if request.param == "no int8":
         monkeypatch.setattr(codes_module, "_has_int8_products", lambda device: False)
     return request.param
