@@ -94,7 +94,7 @@ class Search:
         """Working memory of one row of a chunk: as read, coded, put in order, gathered; and its columns of tables."""
         code = self._code_bytes
         ordered = 0 if self.projection is None else code
-        tables = 48 if bank.count <= SMALL else 16 if self.projection is None else 4
+        tables = 48 if bank.count <= SMALL else 16 if self.projection is None else 8
         return bank.dim * (bank.copied + code + ordered) + bank.dim // 4 + tables * step + 512
 
     def _queries(self, queries: Side, rows: slice) -> Coded:
