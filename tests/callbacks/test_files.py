@@ -8,10 +8,11 @@ import pytest
 import torch
 import wandb
 from PIL import Image
+from run_records import curve
 
 from lightning_mem.callbacks import Gallery, MetricsCSV, summarize
 from lightning_mem.evaluation import Measure, Reference
-from lightning_mem.records import Record, write_records
+from lightning_mem.records import write_records
 from lightning_mem.types import SampleSet
 
 
@@ -35,18 +36,6 @@ def test_an_owed_validation_drops_its_row_only() -> None:
     logger.log_metrics({"val/loss": 0.6}, step=5)
     logger.drop_after(5, keep_validation=False)
     assert Path("run/metrics.csv").read_text() == "step,train/loss\n5,0.5\n"
-
-
-def record(name: str, step: int, low: float, high: float, n: int = 100) -> Record:
-    return Record(name=name, value=(low + high) / 2, n=n, step=step, low=low, high=high)
-
-
-def curve(lows: list[float], control: float = 0.03, n: int = 100) -> list[Record]:
-    rows = []
-    for i, low in enumerate(lows):
-        rows.append(record("memorization/ratio", 10 * i, low, low + 0.1))
-        rows.append(record("memorization/ratio_heldout", 10 * i, 0.0, control, n))
-    return rows
 
 
 def test_summary_says_what_is_left_open() -> None:
