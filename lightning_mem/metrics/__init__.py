@@ -2,6 +2,12 @@
 
 from lightning_mem.metrics.authpct import Authenticity, authentic, authenticity, own_nearest_distances
 from lightning_mem.metrics.cache import cached_features, cached_statistics
+from lightning_mem.metrics.divergence import (
+    DivergenceDifference,
+    GaussianMixture,
+    divergence_difference,
+    label_divergence,
+)
 from lightning_mem.metrics.eidetic import EideticMemorization, eidetic_count, tiled_l2
 from lightning_mem.metrics.extrapolation import frechet_infinity, frechet_infinity_interval
 from lightning_mem.metrics.features import (
@@ -53,9 +59,11 @@ __all__ = [
     "AbstractExtractor",
     "Authenticity",
     "DataCopying",
+    "DivergenceDifference",
     "EideticMemorization",
     "FeatureStatistics",
     "FrechetDistance",
+    "GaussianMixture",
     "InceptionExtractor",
     "ManifoldOverlap",
     "MemorizationRatio",
@@ -75,6 +83,7 @@ __all__ = [
     "cached_features",
     "cached_statistics",
     "data_copying",
+    "divergence_difference",
     "duplicate_groups",
     "eidetic_count",
     "extract_features",
@@ -84,6 +93,7 @@ __all__ = [
     "frechet_infinity_interval",
     "jackknife_interval",
     "kernel_distance",
+    "label_divergence",
     "manifold_overlap",
     "memorization_curves",
     "memorization_informed_frechet_distance",
