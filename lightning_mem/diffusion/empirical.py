@@ -1,14 +1,18 @@
-"""The closed-form optimum of the training loss: the oracle of the whole project, everything it samples is a copy."""
+"""Closed forms of a finite set: the optimum of the training loss, and the classifier of the set's own groups.
+
+Everything the optimum samples is a copy: it is the oracle of the whole project.
+"""
 
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from lightning_mem.diffusion.posterior import Posterior
 from lightning_mem.diffusion.process import DiffusionProcess
 from lightning_mem.diffusion.target import Condition, Target
 from lightning_mem.records import digest
-from lightning_mem.types import Prediction, to_float
+from lightning_mem.types import Prediction
 
 
 class EmpiricalDenoiser:
@@ -21,7 +25,7 @@ class EmpiricalDenoiser:
         images: uint8 [N, C, H, W], or floats in [-1, 1]; non-empty.
         process: Its noising process; the output is in the process's own prediction.
         labels: int64 [N]; with them the sum runs over images of the asked label only.
-        chunk: Rows of the set handled at once; memory is B x chunk.
+        chunk: Rows of the set handled at once; a large set needs chunk x (B + C H W) float64 and no more.
 
     Raises:
         ValueError: If the set is empty, labels do not match it, or a label without images is asked for.
@@ -33,46 +37,27 @@ class EmpiricalDenoiser:
     def __init__(
         self, images: Tensor, process: DiffusionProcess, labels: Tensor | None = None, chunk: int = 4096
     ) -> None:
-        if images.ndim != 4 or len(images) == 0:
-            raise ValueError(f"images must be a non-empty [N, C, H, W], got {tuple(images.shape)}")
-        if labels is not None and labels.shape != (len(images),):
-            raise ValueError(f"labels must have one entry per image ({len(images)}), got {tuple(labels.shape)}")
-        self.images = images if images.dtype == torch.uint8 else images.float()
+        self._legal: Tensor | None = None
+        groups = None
+        if labels is not None:
+            self._legal, groups = labels.cpu().unique(return_inverse=True)
+        self.posterior = Posterior(images, process, groups, chunk)
+        self.images = self.posterior.images
         self.labels = labels
         self.process = process
         self.prediction: Prediction = process.prediction
-        self.chunk = chunk
-
-    def _chunk(self, start: int, device: torch.device) -> Tensor:
-        rows = self.images[start : start + self.chunk].to(device)
-        return (to_float(rows) if rows.dtype == torch.uint8 else rows).flatten(1).double()
 
     def posterior_mean(self, x_t: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
-        """E[x0 | x_t] by a streaming log-sum-exp in float64; arguments as in the call."""
-        flat = x_t.flatten(1).double()
-        alpha_bar = self.process.alpha_bar_at(t, flat)
-        top = torch.full((len(flat), 1), -torch.inf, dtype=torch.float64, device=flat.device)
-        mass = torch.zeros_like(top)
-        mean = torch.zeros_like(flat)
-        for start in range(0, len(self.images), self.chunk):
-            y = self._chunk(start, flat.device)
-            # the part of the squared distance that does not depend on the image cancels in the softmax
-            square = alpha_bar * y.square().sum(1) - 2 * alpha_bar.sqrt() * (flat @ y.T)
-            logits = -square / (2 * (1 - alpha_bar))
-            if labels is not None and self.labels is not None:
-                own = self.labels[start : start + self.chunk].to(flat.device)
-                logits = logits.masked_fill(labels[:, None] != own, -torch.inf)
-            new_top = torch.maximum(top, logits.amax(1, keepdim=True))
-            safe = new_top.masked_fill(new_top.isinf(), 0.0)  # rows that met no image of their label yet
-            weight = (logits - safe).exp()
-            rescale = (top - safe).exp()
-            mass = mass * rescale + weight.sum(1, keepdim=True)
-            mean = mean * rescale + weight @ y
-            top = new_top
-        if (mass == 0).any():
-            missing = labels[(mass == 0).flatten()].unique().tolist() if labels is not None else []
+        """E[x0 | x_t] in float64; arguments as in the call."""
+        if labels is None:
+            return self.posterior.mean(x_t, t)
+        if self._legal is None:
+            raise ValueError("labels were asked for, but the empirical denoiser was built without: pass labels=")
+        asked = labels[:, None] == self._legal.to(labels.device)
+        missing = labels[~asked.any(1)].unique().tolist()
+        if missing:
             raise ValueError(f"no image has the labels {missing}; legal are those of the set")
-        return (mean / mass).reshape(x_t.shape)
+        return self.posterior.mean(x_t, t, asked)
 
     def __call__(self, x_t: Tensor, t: Tensor, condition: Condition = None) -> Tensor:
         """The optimal output in the process's prediction.
@@ -82,8 +67,6 @@ class EmpiricalDenoiser:
             t: int64 [B].
             condition: int64 labels [B], or None for the unconditional optimum.
         """
-        if isinstance(condition, Tensor) and self.labels is None:
-            raise ValueError("labels were asked for, but the empirical denoiser was built without: pass labels=")
         labels = condition if isinstance(condition, Tensor) else None
         x0 = self.posterior_mean(x_t, t, labels)
         return self.process.from_x0(x0, x_t.double(), t).to(x_t.dtype)
@@ -99,3 +82,60 @@ class EmpiricalDenoiser:
             weights=kind,
             digest=digest(self.images, labels if labels is not None else torch.empty(0), self.process.digest),
         )
+
+
+class EmpiricalClassifier:
+    r"""The classifier of noised images that minimises the cross-entropy on a finite labelled set.
+
+    .. math:: p(c \mid x_t) = \frac{\sum_{i \in c} N(x_t; \sqrt{\bar\alpha_t}\,y_i, (1 - \bar\alpha_t) I)}
+        {\sum_i N(x_t; \sqrt{\bar\alpha_t}\,y_i, (1 - \bar\alpha_t) I)}, \qquad
+        \nabla_{x_t} \log p(c \mid x_t) = \frac{\sqrt{\bar\alpha_t}}{1 - \bar\alpha_t}
+        \left(E[x_0 \mid x_t, c] - E[x_0 \mid x_t]\right)
+
+    Args:
+        images: uint8 [N, C, H, W], or floats in [-1, 1], in the denoiser's space; non-empty.
+        labels: int64 [N] in [0, num_classes).
+        process: The target's noising process.
+        num_classes: Number of classes; null for one more than the largest label.
+        chunk: Rows of the set handled at once; a large set needs chunk x (B + C H W) float64 and no more.
+
+    Raises:
+        ValueError: If the set is empty, labels do not match it or lie outside, or a class has no image.
+
+    Source:
+        Derived: Bayes' rule on the noised set; the closed-form surrogate of SIDE, arXiv:2410.02467.
+    """
+
+    def __init__(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        process: DiffusionProcess,
+        num_classes: int | None = None,
+        chunk: int = 4096,
+    ) -> None:
+        if labels.is_floating_point() or labels.dtype == torch.bool or labels.shape != images.shape[:1]:
+            raise ValueError(
+                f"labels must be integers, one per image ({len(images)}), got {labels.dtype} {tuple(labels.shape)}"
+            )
+        labels = labels.cpu().to(torch.int64)
+        classes = num_classes if num_classes is not None else int(labels.max()) + 1 if len(labels) else 0
+        if len(labels) and not (labels.min() >= 0 and labels.max() < classes):
+            raise ValueError(f"labels must lie in [0, {classes}), got {int(labels.min())} to {int(labels.max())}")
+        empty = (torch.bincount(labels, minlength=classes) == 0).nonzero().flatten().tolist()
+        if empty:
+            raise ValueError(f"the classes {empty} of {classes} have no image: renumber the labels or add images")
+        self.posterior = Posterior(images, process, labels, chunk)
+        self.num_classes = classes
+        self.process = process
+        self.shape = (images.shape[1], images.shape[2], images.shape[3])
+        self.digest = digest(self.posterior.images, labels, process.alpha_bar)
+
+    def __call__(self, x_t: Tensor, t: Tensor) -> Tensor:
+        """Logits float64 [B, num_classes]; their softmax is p(c | x_t), differentiable in x_t.
+
+        Args:
+            x_t: [B, C, H, W].
+            t: int64 [B], training timesteps.
+        """
+        return self.posterior.log_mass(x_t, t)
