@@ -20,11 +20,11 @@ class ScoreTerm(Protocol):
     """A term added to the score: guidance, protection.
 
     Called with x_t [B, C, H, W] in the denoiser's (variance-preserving) scale, the *training* timestep t int64 [B],
-    and the addresses int64 [B] of the rows; returns [B, C, H, W].
+    and the addresses int64 [B] of the rows; returns [B, C, H, W], or None where it has nothing to add.
     """
 
-    def __call__(self, x_t: Tensor, t: Tensor, addresses: Tensor) -> Tensor:
-        """The term at x_t and t."""
+    def __call__(self, x_t: Tensor, t: Tensor, addresses: Tensor) -> Tensor | None:
+        """The term at x_t and t; None leaves the network's output untouched, bit for bit."""
 
 
 class HasTarget(Protocol):
@@ -34,11 +34,17 @@ class HasTarget(Protocol):
         """The target to draw from."""
 
 
+def network_of(call: object) -> torch.nn.Module | None:
+    """The network behind a denoiser or a classifier: its ``module``, or itself; None for a closed form."""
+    module = getattr(call, "module", call)
+    return module if isinstance(module, torch.nn.Module) else None
+
+
 @contextmanager
-def _evaluation_mode(denoiser: object) -> Iterator[None]:
-    """Dropout off while sampling, back as it was afterwards."""
-    module = getattr(denoiser, "module", None)
-    training = [part for part in module.modules() if part.training] if isinstance(module, torch.nn.Module) else []
+def evaluation_mode(call: object) -> Iterator[None]:
+    """Dropout off and batch statistics still in the network behind ``call``, back as it was afterwards."""
+    module = network_of(call)
+    training = [part for part in module.modules() if part.training] if module is not None else []
     for part in training:
         part.training = False
     try:
@@ -109,7 +115,7 @@ def sample_x0(
     scheduler = target.process.scheduler(sampler, num_steps, "eps" if as_eps else prediction)
     step_options = {"eta": eta} if sampler == "ddim" else {}
     drawn = []
-    with _evaluation_mode(target.denoiser):
+    with evaluation_mode(target.denoiser):
         for start in range(0, len(addresses), block):
             rows = torch.arange(start, min(start + block, len(addresses)))
             # the network's rounding depends on the shape of its call: the last block is padded, then cut
@@ -124,7 +130,9 @@ def sample_x0(
                 x_t = scheduler.scale_model_input(x, timestep)
                 output = target.denoiser(x_t, t, own_condition)
                 for term in guidance:
-                    output = target.process.add_score(output, term(x_t, t, own_addresses), x_t, t, prediction)
+                    score = term(x_t, t, own_addresses)
+                    if score is not None:  # float32, whatever the network's precision: the sum is as precise
+                        output = target.process.add_score(output, score.float(), x_t, t, prediction)
                 if as_eps:
                     output = target.process.to_eps(output, x_t, t, prediction)
                 # reduced precision ends at the network: solvers keep their state in float32
@@ -158,7 +166,7 @@ def sample(
         num_steps: Sampler steps; the cost is ``num_steps`` network evaluations a sample (Heun: twice that, less one).
         sampler: ``ddim``, ``ddpm``, ``dpm++``, ``heun`` or ``euler``, all at integer training timesteps.
         eta: DDIM's share of fresh noise: 0 deterministic, 1 as DDPM.
-        guidance: Score terms, added in turn; none leaves the network's output untouched.
+        guidance: Score terms, added in turn; no term, or None from it, leaves the network's output untouched.
         condition: int64 labels [N], or a mapping of tensors with N rows, one row per index.
         block: Images per network call; part of the definition, because rounding depends on it.
         on_step: Called after each sampler step with (step, training timestep, x in the sampler's own scale).
