@@ -1,6 +1,6 @@
 """Drawing many samples inside Lightning's predict loop: in blocks that are shared by processes and survive a stop."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from lightning_mem.data.datamodule import BLOCK
-from lightning_mem.diffusion import Target, sample
+from lightning_mem.diffusion import ScoreTerm, Target, guidance_settings, sample
 from lightning_mem.evaluation import draw_labels
 from lightning_mem.types import SampleSet
 
@@ -71,17 +71,29 @@ class Blocks:
 
 
 class Drawer(LightningModule):
-    """Draws blocks of addresses inside Lightning's predict loop: its devices, processes, precision and bar."""
+    """Draws blocks of addresses inside Lightning's predict loop: its devices, processes, precision and bar.
 
-    def __init__(self, target: Target, settings: dict[str, Any]) -> None:
+    Args:
+        target: What is drawn from.
+        settings: Flat: sample_seed, num_steps, sampler, eta, block, target digest ...
+        guidance: Score terms with ``settings``; their networks move with the target's.
+
+    Its attribute ``settings`` is that of the SampleSets: the given ones and what identifies the guidance.
+    """
+
+    def __init__(self, target: Target, settings: dict[str, Any], guidance: Sequence[ScoreTerm] = ()) -> None:
         super().__init__()
-        self.network = getattr(target.denoiser, "module", None)  # registered, so that the strategy moves it
-        self._target, self._settings = target, settings
+        # registered, so that the strategy moves them
+        self.network = getattr(target.denoiser, "module", None)
+        networks = [getattr(term, "module", None) for term in guidance]
+        self.terms = torch.nn.ModuleList(network for network in networks if network is not None)
+        self.settings = {**settings, **guidance_settings(guidance)}
+        self._target, self._guidance = target, tuple(guidance)
 
     def predict_step(self, addresses: Tensor) -> SampleSet:
         """The samples of these addresses."""
         self._target.device = self.device
-        addresses, settings, target = addresses.cpu(), self._settings, self._target
+        addresses, settings, target = addresses.cpu(), self.settings, self._target
         seed = settings["sample_seed"]
         labels = None if target.num_classes is None else draw_labels(target.num_classes, addresses, seed)
         images = sample(
@@ -91,6 +103,7 @@ class Drawer(LightningModule):
             num_steps=settings["num_steps"],
             sampler=settings["sampler"],
             eta=settings["eta"],
+            guidance=self._guidance,
             condition=labels,
             block=settings["block"],
         )

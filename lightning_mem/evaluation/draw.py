@@ -1,10 +1,12 @@
 """Drawing the samples that are measured: the same starting noise every time, dealt out to processes."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from lightning_mem.data.datamodule import BLOCK
-from lightning_mem.diffusion import Sampler, Target, sample
+from lightning_mem.diffusion import Sampler, ScoreTerm, Target, guidance_settings, sample
 from lightning_mem.evaluation.workers import Workers
 from lightning_mem.randomness import derive_seed
 from lightning_mem.types import SampleSet
@@ -23,6 +25,7 @@ def draw_samples(
     num_steps: int = 50,
     sampler: Sampler = "ddim",
     eta: float = 0.0,
+    guidance: Sequence[ScoreTerm] = (),
     workers: Workers | None = None,
 ) -> SampleSet:
     """Samples 0 .. num_samples-1 of a seed, from the same starting noise every time.
@@ -34,6 +37,7 @@ def draw_samples(
         num_steps: Sampler steps.
         sampler: See :func:`lightning_mem.diffusion.sample`.
         eta: See there.
+        guidance: Score terms with ``settings``, on the target's device; what they are is in the set's settings.
         workers: How blocks are dealt out.
     """
     workers = workers or Workers()
@@ -45,10 +49,19 @@ def draw_samples(
         own = rows.unique()
         condition = None if labels is None else labels[own]
         images = sample(
-            target, own, seed=seed, num_steps=num_steps, sampler=sampler, eta=eta, condition=condition, block=BLOCK
+            target,
+            own,
+            seed=seed,
+            num_steps=num_steps,
+            sampler=sampler,
+            eta=eta,
+            guidance=guidance,
+            condition=condition,
+            block=BLOCK,
         )
         return images[torch.searchsorted(own, rows)].to(workers.device)
 
-    images = workers.in_blocks(num_samples, draw, label="drawing samples").cpu()
     settings = {"sampler": sampler, "num_steps": num_steps, "eta": eta, "block": BLOCK, "sample_seed": seed}
+    settings |= guidance_settings(guidance)
+    images = workers.in_blocks(num_samples, draw, label="drawing samples").cpu()
     return SampleSet(images, addresses, labels, target.weights, settings)
