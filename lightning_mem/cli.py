@@ -130,16 +130,17 @@ class MemorizationCLI(LightningCLI):
         options = {name: value for name, value in self.config_init[subcommand].items() if name in names}
         function(**options, **{str(name): getattr(self, str(name)) for name in GIVEN & names.keys()})
 
-    def read_config(self, options: Sequence[str]) -> dict[str, Any]:
-        """What ``fit`` would make of these options, as it writes it into ``config.yaml``.
+    def read_config(self, options: Sequence[str], verb: str = "fit") -> dict[str, Any]:
+        """What a verb would make of these options, as ``fit`` writes it into ``config.yaml``.
 
         Args:
             options: As on the command line, e.g. ``["--config", "run.yaml"]``; a file may also be its own text.
+            verb: ``fit``, or another that acts on a model.
 
         Raises:
-            ValueError: If ``fit`` would refuse them; with its message.
+            ValueError: If the verb would refuse them; with its message.
         """
-        parser = self._parser("fit")
+        parser = self._parser(verb)
         parser.exit_on_error = False
         try:
             found = parser.parse_args(list(options))

@@ -1,10 +1,10 @@
-"""The plan: a table of trainings of one recipe, and how far each of them is."""
+"""The plan: a table of runs, some of which build on others, and how far each of them is."""
 
 import fcntl
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -15,6 +15,9 @@ from lightning_mem.records import atomic_write
 State = Literal["planned", "running", "done", "failed"]
 """``planned``: nothing to show, or stopped on the way; ``running``: a process trains it; ``done``; ``failed``: its
 process ended with an error, which ``reason`` repeats."""
+
+Verb = Literal["fit", "attack"]
+"""What a row runs: a training into a run folder, or an attack on one, whose results have a folder of their own."""
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
@@ -28,17 +31,22 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Row:
-    """One training of a plan.
+    """One run of a plan.
 
     Args:
-        name: Of its run folder: letters, digits, ``.``, ``_`` and ``-``.
+        name: Of its folder: letters, digits, ``.``, ``_`` and ``-``.
         seed: Of network, training and data draw alike.
         num_members: How many images are drawn; null with ``members``.
         members: File of source indices, as for ``data.members``; null with ``num_members``.
-        overrides: Further settings of ``fit``, nested as in a YAML file.
+        overrides: Further settings of its verb, nested as in a YAML file.
+        verb: See :data:`Verb`. An attack reads its settings over the configuration of the first row it needs.
+        needs: Names of rows that must be done before: its settings name their folders. Such a row may leave out
+            num_members and members: the recipe, or what it builds on, says them.
+        kind: A word of the study's own, by which it tells its rows apart.
 
     Raises:
-        ValueError: If the name cannot be a folder's, or not exactly one of num_members and members is given.
+        ValueError: If the name cannot be a folder's, not exactly one of num_members and members is given, or an attack
+            needs no row or names members.
     """
 
     name: str
@@ -46,27 +54,39 @@ class Row:
     num_members: int | None = None
     members: str | None = None
     overrides: Mapping[str, Any] = field(default_factory=dict)
+    verb: Verb = "fit"
+    needs: Sequence[str] = ()
+    kind: str = ""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "needs", tuple(self.needs))
         if not re.fullmatch(r"\w[\w.-]*", self.name, re.ASCII):
             raise ValueError(f"a row's name holds letters, digits, '.', '_' and '-', got {self.name!r}")
-        if (self.num_members is None) == (self.members is None):
+        given = [part for part in (self.num_members, self.members) if part is not None]
+        if len(given) > 1 or not (given or self.needs):
             raise ValueError(
                 f"row {self.name} needs num_members or members, one of them, got {self.num_members} and {self.members}"
             )
+        if self.verb == "attack" and (given or not self.needs):
+            raise ValueError(
+                f"row {self.name} is an attack: it needs the row that it attacks, which has the members, got needs "
+                f"{list(self.needs)}, num_members {self.num_members} and members {self.members}"
+            )
 
     def settings(self, folder: str | Path) -> dict[str, Any]:
-        """What the row lays over its recipe, nested as in a YAML file of ``fit``.
+        """What the row lays over its recipe, nested as in a YAML file of its verb.
 
         Args:
             folder: Where run folders go; this row's is ``folder/name``.
         """
-        own: dict[str, Any] = {
-            "seed_everything": self.seed,
-            "data": {"seed": self.seed, "num_members": self.num_members, "members": self.members},
-            "trainer": {"default_root_dir": str(Path(folder) / self.name)},
-        }
-        return merge(self.overrides, own)
+        place = str(Path(folder) / self.name)
+        own: dict[str, Any] = {"seed_everything": self.seed}
+        if self.verb == "attack":
+            return merge(self.overrides, {**own, "out": place})
+        own["data"] = {"seed": self.seed}
+        if self.num_members is not None or self.members is not None:
+            own["data"] |= {"num_members": self.num_members, "members": self.members}
+        return merge(self.overrides, {**own, "trainer": {"default_root_dir": place}})
 
 
 @dataclass(frozen=True)
@@ -74,12 +94,13 @@ class Entry:
     """A row and its state: one line of ``plan.jsonl``.
 
     Args:
-        row: What is trained.
+        row: What is run.
         digest: Of every setting that decides its numbers; empty until it is known.
         state: See :data:`State`.
         folder: The run folder: the row's own, or the one that was reused.
         data_digest: Of members and held-out images; empty until it is known.
         reason: Why it failed, in one line.
+        seconds: What its processes took so far, together; 0 for a reused one.
     """
 
     row: Row
@@ -88,6 +109,7 @@ class Entry:
     folder: str = ""
     data_digest: str = ""
     reason: str = ""
+    seconds: float = 0.0
 
     def to_json(self) -> str:
         """One line of JSON; the row's fields stand beside the others."""
@@ -121,7 +143,8 @@ class Plan:
             study no longer names leave the plan; their run folders stay.
 
     Raises:
-        ValueError: If there is no row, two share a name, or the file cannot be read (it names the line).
+        ValueError: If there is no row, two share a name, one needs a row that does not stand before it, or the file
+            cannot be read (it names the line).
     """
 
     def __init__(self, folder: str | Path, rows: Iterable[Row]) -> None:
@@ -131,6 +154,9 @@ class Plan:
         for row in rows:
             if row.name in self._entries:
                 raise ValueError(f"two rows are called {row.name}: names are folders and must differ")
+            missing = [name for name in row.needs if name not in self._entries]
+            if missing:
+                raise ValueError(f"row {row.name} needs {', '.join(missing)}: rows that it builds on stand before it")
             self._entries[row.name] = replace(known.get(row.name, Entry(row)), row=row)
         if not self._entries:
             raise ValueError("the plan has no rows: give the study at least one size and one seed")

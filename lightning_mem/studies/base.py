@@ -1,18 +1,22 @@
-"""What a study is: rows to train, and what their records say together."""
+"""What a study is: rows to run, and what their records say together."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from jsonargparse.typing import register_type
 
 from lightning_mem.data.plan import Row, merge
 from lightning_mem.records import Record
 
-ReadConfig = Callable[[Sequence[str]], dict[str, Any]]
-"""Options of ``fit`` -> its complete configuration; ``ValueError`` where ``fit`` would refuse them."""
+
+class ReadConfig(Protocol):
+    """Options of a verb -> its complete configuration; ``ValueError`` where the verb would refuse them."""
+
+    def __call__(self, options: Sequence[str], verb: str = "fit") -> dict[str, Any]:
+        """As on the command line; a file may also be its own text."""
 
 
 class Settings:
@@ -41,8 +45,8 @@ class Run:
     Args:
         row: What was asked for.
         folder: Of the run; another study's, when it was reused.
-        config: Complete configuration of ``fit``.
-        records: Everything that was measured while it trained.
+        config: Complete configuration of its verb.
+        records: Everything that was measured.
     """
 
     row: Row
@@ -52,7 +56,7 @@ class Run:
 
 
 class AbstractStudy(ABC):
-    """A recipe, the rows it is trained at, and the report.
+    """A recipe, the rows it is run at, and the report.
 
     Args:
         config: Files of the recipe, as ``fit --config`` takes them; later ones lie over earlier ones.
@@ -69,14 +73,27 @@ class AbstractStudy(ABC):
         self.config = config
         self.overrides = {} if overrides is None else overrides.values
 
-    def settings(self, row: Row, folder: str | Path) -> dict[str, Any]:
-        """What lies over the recipe's files for this row; ``folder/name`` is its run folder."""
+    def files(self, row: Row) -> list[str]:
+        """The recipe of a row: files of its verb, later ones over earlier ones."""
+        return self.config
+
+    def settings(self, row: Row, folder: str | Path, needed: Mapping[str, Path]) -> dict[str, Any]:
+        """What lies over the recipe's files for this row.
+
+        Args:
+            row: The row.
+            folder: Where run folders go; this row's is ``folder/name``.
+            needed: Folders of the rows it needs, by their names.
+        """
         quiet = {"trainer": {"enable_progress_bar": False, "enable_model_summary": False}}
         return merge(merge(quiet, self.overrides), row.settings(folder))
 
     @abstractmethod
     def rows(self) -> list[Row]:
-        """Every training the study needs, the most telling first: a stopped study reports what it has."""
+        """Every run the study needs, the most telling first: a stopped study reports what it has.
+
+        A row stands after those it needs.
+        """
 
     @abstractmethod
     def report(self, runs: Sequence[Run], folder: Path) -> list[Record]:

@@ -1,4 +1,4 @@
-"""One training as a process of its own, which a signal stops softly."""
+"""One row as a process of its own, which a signal stops softly."""
 
 import signal
 import subprocess
@@ -35,11 +35,12 @@ class Stop:
                 signal.signal(number, handler)
 
 
-def train_row(options: Sequence[str], log: Path, stop: Stop, lock: int, look: Callable[[], None]) -> int:
-    """Run ``python -m lightning_mem fit`` with these options to its end.
+def run_row(verb: str, options: Sequence[str], log: Path, stop: Stop, lock: int, look: Callable[[], None]) -> int:
+    """Run ``python -m lightning_mem <verb>`` with these options to its end.
 
     Args:
-        options: Of ``fit``.
+        verb: ``fit`` or ``attack``.
+        options: Of the verb.
         log: File that everything it prints is added to.
         stop: Told about the process, so that a signal reaches it.
         lock: Descriptor that the process inherits; see :func:`lightning_mem.data.plan.claimed`.
@@ -49,7 +50,7 @@ def train_row(options: Sequence[str], log: Path, stop: Stop, lock: int, look: Ca
         Its exit status; 0 is success.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "lightning_mem", "fit", *options]
+    command = [sys.executable, "-m", "lightning_mem", verb, *options]
     with log.open("ab") as out:
         stop.child = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, pass_fds=[lock])
         if stop.signal is not None:  # it came between two rows

@@ -1,8 +1,9 @@
-"""When two trainings are the same: the settings that decide the numbers, and the images."""
+"""When two runs are the same: the settings that decide the numbers, the images, and the runs they build on."""
 
 import json
+import os
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import yaml
 from jsonargparse import ArgumentParser
 
 from lightning_mem.data import MemorizationDataModule
+from lightning_mem.data.plan import Verb
 from lightning_mem.data.split import read_indices
 from lightning_mem.records import digest
 from lightning_mem.studies.base import ReadConfig
@@ -24,21 +26,65 @@ LOOKING_ON = {"Gallery", "ModelCheckpoint", "RichProgressBar", "TQDMProgressBar"
 """Callbacks that change neither training nor what is measured."""
 
 
-def deciding(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of a complete configuration of ``fit`` that decides the numbers; files of indices by their content.
+PARENTS = {"target", "surrogate"}
+"""Keys whose value is the folder of a run that this one builds on: it counts by what made it, not by its place."""
+
+OF_THE_PROCESS = {"ckpt_path", "config", "out", "trainer", "weights_only"}
+"""Settings of an attack that say where it happens; its target's Trainer is part of the target."""
+
+
+def verb_of(config: Mapping[str, Any]) -> Verb:
+    """Whose configuration it is."""
+    return "attack" if "attack" in config else "fit"
+
+
+def deciding(config: Mapping[str, Any], identify: Callable[[str], str] = str) -> dict[str, Any]:
+    """The part of a complete configuration that decides the numbers; files of indices by their content.
+
+    Args:
+        config: Of ``fit`` or ``attack``.
+        identify: What stands for the folder of a run that this one builds on.
 
     Raises:
         ValueError: If a file of indices cannot be read.
     """
-    trainer = {key: value for key, value in config["trainer"].items() if key not in NOT_DECIDING}
-    callbacks = trainer.get("callbacks") or []
-    callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
-    trainer["callbacks"] = [c for c in callbacks if c["class_path"].rsplit(".", 1)[-1] not in LOOKING_ON]
     data = {key: value for key, value in config["data"].items() if key != "num_workers"}
     for part in ("members", "heldout"):
         if data.get(part) is not None:
             data[part] = digest(read_indices(data[part], part))
-    return {"seed": config["seed_everything"], "model": config["model"], "data": data, "trainer": trainer}
+    found: dict[str, Any] = {"seed": config["seed_everything"], "model": config["model"], "data": data}
+    if verb_of(config) == "attack":
+        found |= {
+            key: value for key, value in config.items() if key not in {*found, *OF_THE_PROCESS, "seed_everything"}
+        }
+        return _identified(found, identify)
+    trainer = {key: value for key, value in config["trainer"].items() if key not in NOT_DECIDING}
+    callbacks = trainer.get("callbacks") or []
+    callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
+    trainer["callbacks"] = [c for c in callbacks if c["class_path"].rsplit(".", 1)[-1] not in LOOKING_ON]
+    return _identified({**found, "trainer": trainer}, identify)
+
+
+def _identified(settings: Any, identify: Callable[[str], str]) -> Any:
+    """Nested settings with what stands for parents in place of their folders."""
+    if isinstance(settings, Mapping):
+        return {
+            key: identify(value) if key in PARENTS and isinstance(value, str) else _identified(value, identify)
+            for key, value in settings.items()
+        }
+    return [_identified(value, identify) for value in settings] if isinstance(settings, list) else settings
+
+
+def parents_of(config: Mapping[str, Any]) -> list[str]:
+    """Folders of the runs that a configuration names as those it builds on."""
+    found: list[str] = []
+
+    def note(folder: str) -> str:
+        found.append(folder)
+        return folder
+
+    deciding(config, note)
+    return found
 
 
 def differing(one: Any, other: Any, where: str = "") -> list[str]:
@@ -76,46 +122,78 @@ def data_digest_in(folder: Path) -> str:
     return digest(content["members"]["digest"], content["heldout"]["digest"])
 
 
-def is_finished(folder: Path) -> bool:
-    """Whether ``fit`` came to its end there."""
-    return (folder / "summary.json").is_file() and (folder / "config.yaml").is_file()
+def is_finished(folder: Path, verb: Verb = "fit") -> bool:
+    """Whether the verb came to its end there; a study writes the configuration of an attack when it has."""
+    return (folder / "config.yaml").is_file() and (folder / LAST_FILE[verb]).is_file()
+
+
+LAST_FILE: dict[Verb, str] = {"fit": "summary.json", "attack": "results.jsonl"}
+"""What a verb leaves behind at its end."""
 
 
 class FinishedRuns:
-    """Run folders that may spare a training, found by a walk over some folders.
+    """Folders of runs and attacks that may spare one, found by a walk over some folders.
 
     Args:
-        roots: Folders; all run folders below them are looked at.
-        read_config: See :data:`ReadConfig`.
+        roots: Folders; all below them are looked at.
+        read_config: See :class:`ReadConfig`.
     """
 
     def __init__(self, roots: Iterable[str | Path], read_config: ReadConfig) -> None:
         self._read_config = read_config
+        self._known: dict[str, str] = {}
         self._folders: dict[tuple[str, ...], list[Path]] = defaultdict(list)
         for root in roots:
-            for summary in sorted(Path(root).rglob("summary.json")):
-                folder = summary.parent
-                if is_finished(folder) and (folder / "members.json").is_file():
-                    self._folders[self._key(yaml.safe_load((folder / "config.yaml").read_text()))].append(folder)
+            for path in sorted(Path(root).rglob("config.yaml")):
+                folder = path.parent
+                if not any((folder / last).is_file() for last in LAST_FILE.values()):
+                    continue
+                config = yaml.safe_load(path.read_text())
+                verb = verb_of(config)
+                if is_finished(folder, verb) and (verb == "attack" or (folder / "members.json").is_file()):
+                    self._folders[self._key(config)].append(folder)
 
     @staticmethod
     def _key(config: Mapping[str, Any]) -> tuple[str, ...]:
         # enough to pass over nearly all of them before one is parsed
         data, trainer = config.get("data") or {}, config.get("trainer") or {}
-        parts = (config.get("seed_everything"), data.get("seed"), data.get("num_members"), trainer.get("max_steps"))
-        return tuple(map(str, parts))
+        steps = trainer.get("max_steps") if verb_of(config) == "fit" else None
+        return tuple(
+            map(str, (verb_of(config), config.get("seed_everything"), data.get("seed"), data.get("num_members"), steps))
+        )
+
+    def learn(self, folder: str | Path, identity: str) -> None:
+        """From now on a folder counts as this, whether or not it holds a run yet."""
+        self._known[os.path.normpath(folder)] = identity
+
+    def identify(self, folder: str) -> str:
+        """What stands for a run: the digest of its deciding settings; its path where it cannot be read."""
+        place = os.path.normpath(folder)
+        if place not in self._known:
+            settings = self.settings_of(Path(place)) if (Path(place) / "config.yaml").is_file() else None
+            self._known[place] = folder if settings is None else digest(settings)
+        return self._known[place]
+
+    def deciding(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """The deciding settings, with the identity of each run that the configuration builds on."""
+        return deciding(config, self.identify)
 
     def find(self, config: Mapping[str, Any]) -> Path | None:
-        """The first finished run with the same deciding settings and the same images."""
-        wanted = deciding(config)
+        """The first finished run with the same deciding settings and the same images.
+
+        The images of a run that builds on another follow from the other's: they are not read.
+        """
+        wanted, derived = self.deciding(config), bool(parents_of(config)) or verb_of(config) == "attack"
         for folder in self._folders.get(self._key(config), []):
-            if self.settings_of(folder) == wanted and data_digest_in(folder) == data_digest_of(config):
+            if self.settings_of(folder) == wanted and (derived or data_digest_in(folder) == data_digest_of(config)):
                 return folder
         return None
 
     def settings_of(self, folder: Path) -> dict[str, Any] | None:
-        """Deciding settings of a run folder; null where today's ``fit`` cannot read its configuration."""
+        """Deciding settings of a folder; null where today's verb cannot read its configuration."""
+        path = folder / "config.yaml"
         try:
-            return deciding(self._read_config(["--config", str(folder / "config.yaml")]))
+            verb = verb_of(yaml.safe_load(path.read_text()))
+            return self.deciding(self._read_config(["--config", str(path)], verb))
         except ValueError:
             return None

@@ -1,9 +1,11 @@
-"""The verb ``study``: train what a plan still lacks, one ordinary run folder per row, then report."""
+"""The verb ``study``: run what a plan still lacks, one ordinary folder per row, then report."""
 
 import datetime
 import shutil
 import statistics
 import sys
+import time
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,8 +20,8 @@ from lightning_mem.data.plan import Entry, Plan, claimed
 from lightning_mem.evaluation.curves import curve
 from lightning_mem.records import Record, atomic_write, digest, read_records
 from lightning_mem.studies.base import AbstractStudy, ReadConfig, Run
-from lightning_mem.studies.launch import Stop, last_words, train_row
-from lightning_mem.studies.recipe import FinishedRuns, data_digest_in, deciding, differing, is_finished
+from lightning_mem.studies.launch import Stop, last_words, run_row
+from lightning_mem.studies.recipe import LAST_FILE, FinishedRuns, data_digest_in, differing, is_finished
 
 
 def study(
@@ -31,17 +33,17 @@ def study(
     *,
     read_config: ReadConfig,
 ) -> None:
-    """Train one recipe many times by a plan, each as an ordinary run folder, and report what came of it.
+    """Run one recipe many times by a plan, each row in an ordinary folder, and report what came of it.
 
     Killed and started again it does what is missing: a finished row stays, one that was stopped goes on from its last
-    checkpoint, a failed one is tried again. A failed row does not stop the others.
+    checkpoint, a failed one is tried again. A failed row does not stop those that do not need it.
 
     Args:
         study: Which study, by ``class_path``; ``--study.help CLASS`` lists its arguments.
         folder: Of the study: run folders by row, ``plan.jsonl``, logs, ``results.jsonl``, pictures.
         dry_run: Only show the rows, which of them are there already, and how long the others will take.
-        train: False reports on the finished rows and trains none.
-        reuse: Folders below which a finished run with equal settings and images spares a training; null takes the
+        train: False reports on the finished rows and runs none.
+        reuse: Folders below which a finished run with equal settings and images spares a row; null takes the
             folder that holds ``folder``. An empty list looks nowhere but in ``folder`` itself.
         read_config: Given by the command line.
 
@@ -73,7 +75,7 @@ class Work:
         study: The study.
         folder: Its folder.
         reuse: See :func:`study`.
-        read_config: See :data:`ReadConfig`.
+        read_config: See :class:`ReadConfig`.
 
     Raises:
         ValueError: If a setting is not legal, or a row's folder holds a run with other settings.
@@ -82,25 +84,28 @@ class Work:
     def __init__(self, study: AbstractStudy, folder: Path, reuse: list[str] | None, read_config: ReadConfig) -> None:
         self.study, self.folder = study, folder
         self.plan = Plan(folder, study.rows())
-        self.configs = {entry.row.name: read_config(self._options(entry, text=True)) for entry in self.plan}
+        self.configs: dict[str, dict[str, Any]] = {}
         roots = [folder.parent] if reuse is None else [Path(root) for root in reuse]
         self._finished = FinishedRuns(roots, read_config)
-        for entry in self.plan:
+        for entry in self.plan:  # a row stands after those it needs: their folders are known by then
+            self.configs[entry.row.name] = read_config(self._options(entry, text=True), entry.row.verb)
             self._look(entry)
 
     def _look(self, entry: Entry) -> None:
-        """Bring an entry in line with the run folders there are."""
-        name, config = entry.row.name, self.configs[entry.row.name]
-        wanted = deciding(config)
+        """Bring an entry in line with the folders there are."""
+        name, verb, config = entry.row.name, entry.row.verb, self.configs[entry.row.name]
+        wanted = self._finished.deciding(config)
         own = self.folder / name
         shorter = self._check(own, wanted) if (own / "config.yaml").is_file() else False
-        place = own if is_finished(own) and not shorter else self._finished.find(config)
+        place = own if is_finished(own, verb) and not shorter else self._finished.find(config)
         changes: dict[str, Any] = {"state": "planned", "folder": str(own), "reason": ""}
         if place is not None:
             changes |= {"state": "done", "folder": str(place), "data_digest": data_digest_in(place)}
         elif entry.state == "failed":
             changes |= {"state": "failed", "reason": entry.reason}
         self.plan.update(name, digest=digest(wanted), **changes)
+        for folder in (own, place or own):
+            self._finished.learn(folder, digest(wanted))
 
     def _check(self, own: Path, wanted: dict[str, Any]) -> bool:
         """Whether a row's own run was meant to end earlier; it goes on then. Any other difference is refused."""
@@ -118,10 +123,18 @@ class Work:
         return False
 
     def _options(self, entry: Entry, text: bool = False) -> list[str]:
-        """Options of ``fit`` for a row; its own settings as text, or in the file that :meth:`_write` wrote."""
-        own = yaml.safe_dump(self.study.settings(entry.row, self.folder), sort_keys=False)
-        files = [*self.study.config, own if text else str(self._file(entry))]
-        return [part for file in files for part in ("--config", file)]
+        """Options of a row's verb; its own settings as text, or in the file that :meth:`_write` wrote."""
+        row, files = entry.row, self.study.files(entry.row)
+        own = yaml.safe_dump(self._settings(entry), sort_keys=False)
+        if row.verb == "attack":  # its target may still have to be trained
+            target = row.needs[0]
+            first = yaml.safe_dump(self.configs[target]) if text else f"{self.plan[target].folder}/config.yaml"
+            files = [first, *files]
+        return [part for file in [*files, own if text else str(self._file(entry))] for part in ("--config", file)]
+
+    def _settings(self, entry: Entry) -> dict[str, Any]:
+        needed = {name: Path(self.plan[name].folder) for name in entry.row.needs}
+        return self.study.settings(entry.row, self.folder, needed)
 
     def _file(self, entry: Entry) -> Path:
         return self.folder / "rows" / f"{entry.row.name}.yaml"
@@ -131,13 +144,13 @@ class Work:
         return self.folder / "rows" / f"{entry.row.name}.log"
 
     def missing(self) -> list[Entry]:
-        """Entries that still have to be trained."""
+        """Entries that still have to be run."""
         return [entry for entry in self.plan if entry.state != "done"]
 
-    # --- training ------------------------------------------------------------------------------------------------
+    # --- running -------------------------------------------------------------------------------------------------
 
     def train(self, lock: int) -> list[Entry]:
-        """Train what is missing, one row after the other.
+        """Run what is missing, one row after the other.
 
         Args:
             lock: See :func:`lightning_mem.data.plan.claimed`.
@@ -162,29 +175,39 @@ class Work:
         return [entry for entry in self.plan if entry.state == "failed"]
 
     def _train(self, entry: Entry, stop: Stop, lock: int, bar: "tqdm[Any]") -> None:
-        name, own = entry.row.name, self.folder / entry.row.name
+        row, own = entry.row, self.folder / entry.row.name
+        lacking = [name for name in row.needs if self.plan[name].state != "done"]
+        if lacking:
+            self.plan.update(row.name, state="failed", reason=f"not started: it needs {', '.join(lacking)}")
+            self.plan.save()
+            return
         options = self._options(entry)
         if (own / "checkpoints" / "last.ckpt").is_file():
             options += ["--ckpt_path", "last"]
-        elif holds_a_run(own):  # killed before its first checkpoint: nothing to continue
+        elif row.verb == "fit" and holds_a_run(own):  # killed before its first checkpoint: nothing to continue
             shutil.rmtree(own)
         with atomic_write(self._file(entry)) as file:
-            yaml.safe_dump(self.study.settings(entry.row, self.folder), file, sort_keys=False)
-        self.plan.update(name, state="running", reason="")
+            yaml.safe_dump(self._settings(entry), file, sort_keys=False)
+        self.plan.update(row.name, state="running", reason="")
         self.plan.save()
-        last = self.configs[name]["trainer"]["max_steps"]
 
         def look() -> None:
-            bar.set_postfix_str(f"{name} step {step_of(own)}/{last}")
+            steps = f" step {self._steps(entry)}" if row.verb == "fit" else ""
+            bar.set_postfix_str(f"{row.name}{steps}")
 
-        code = train_row(options, self.log(entry), stop, lock, look)
-        if code == 0 and is_finished(own):
-            self.plan.update(name, state="done", data_digest=data_digest_in(own))
+        begun = time.monotonic()
+        code = run_row(row.verb, options, self.log(entry), stop, lock, look)
+        self.plan.update(row.name, seconds=round(entry.seconds + time.monotonic() - begun, 1))
+        if code == 0 and row.verb == "attack" and (own / LAST_FILE["attack"]).is_file():
+            with atomic_write(own / "config.yaml") as file:  # says that the attack is complete, and which it is
+                yaml.safe_dump(self.configs[row.name], file, sort_keys=False)
+        if code == 0 and is_finished(own, row.verb):
+            self.plan.update(row.name, state="done", data_digest=data_digest_in(own))
         elif stop.signal is not None:
-            self.plan.update(name, state="planned")
+            self.plan.update(row.name, state="planned")
         else:
             reason = last_words(self.log(entry)) or f"the process ended with status {code}"
-            self.plan.update(name, state="failed", reason=reason)
+            self.plan.update(row.name, state="failed", reason=reason)
         self.plan.save()
 
     # --- showing -------------------------------------------------------------------------------------------------
@@ -211,30 +234,47 @@ class Work:
         """Rows, what is there, and the time that is left, for the screen."""
         missing = self.missing()
         table = Table(title=f"{self.folder}", title_justify="left", caption_justify="left")
-        for column in ("row", "state", "step", "run folder"):
+        for column in ("row", "verb", "state", "step", "folder"):
             table.add_column(column, overflow="fold")
         for entry in self.plan:
-            place = Path(entry.folder)
-            state = "reused" if entry.state == "done" and place != self.folder / entry.row.name else entry.state
-            last = self.configs[entry.row.name]["trainer"]["max_steps"]
-            table.add_row(
-                entry.row.name, state, f"{last if entry.state == 'done' else step_of(place)}/{last}", str(place)
-            )
-        table.caption = f"{len(self.plan)} rows, {len(missing)} trainings to do; time: {self._time(missing)}"
+            row, place = entry.row, Path(entry.folder)
+            state = "reused" if entry.state == "done" and place != self.folder / row.name else entry.state
+            table.add_row(row.name, row.verb, state, self._steps(entry) if row.verb == "fit" else "", str(place))
+        fits = sum(entry.row.verb == "fit" for entry in missing)
+        attacks = f" and {len(missing) - fits} attacks" if len(missing) > fits else ""
+        table.caption = f"{len(self.plan)} rows, {fits} trainings{attacks} to do; time: {self._time(missing)}"
         return table
 
+    def _steps(self, entry: Entry) -> str:
+        """Optimizer steps of a training: done, and wanted."""
+        last = self.configs[entry.row.name]["trainer"]["max_steps"]
+        return f"{last if entry.state == 'done' else step_of(Path(entry.folder))}/{last}"
+
     def _time(self, missing: Sequence[Entry]) -> str:
-        """How long the missing trainings will take, by the speed of the finished ones."""
-        left = sum(
-            self.configs[entry.row.name]["trainer"]["max_steps"] - step_of(Path(entry.folder)) for entry in missing
-        )
-        speeds = [speed for run in self.runs() if (speed := seconds_per_step(run.records)) is not None]
+        """How long the missing rows will take, by the finished ones of their kind."""
         if not missing:
             return "none"
-        if not speeds:
+        speeds, spans = defaultdict(list), defaultdict(list)
+        for run in self.runs():
+            if (speed := seconds_per_step(run.records)) is not None:
+                speeds[run.row.kind].append(speed)
+            if seconds := self.plan[run.row.name].seconds:
+                spans[run.row.kind].append(seconds)
+        left, unknown = 0.0, set()
+        for entry in missing:
+            name, kind = entry.row.name, entry.row.kind
+            if speeds[kind]:
+                steps = self.configs[name]["trainer"]["max_steps"] - step_of(Path(entry.folder))
+                left += steps * statistics.median(speeds[kind])
+            elif spans[kind]:
+                left += max(0.0, statistics.median(spans[kind]) - entry.seconds)
+            else:
+                unknown.add(kind)
+        if len(unknown) == len({entry.row.kind for entry in missing}):
             return "unknown until the first row is done"
-        span = datetime.timedelta(seconds=round(left * statistics.median(speeds)))
-        return f"about {span} (at the median speed of {len(speeds)} finished rows)"
+        known = sum(len(runs) for runs in (speeds | spans).values())
+        words = f"about {datetime.timedelta(seconds=round(left))} (at the median speed of {known} finished rows)"
+        return words + (f", and that of {' and '.join(sorted(unknown))}, of which none is done" if unknown else "")
 
 
 def records_of(folder: Path) -> list[Record]:

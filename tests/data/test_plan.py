@@ -25,6 +25,24 @@ def test_a_row_decides_seed_data_and_folder_over_its_overrides() -> None:
     }
 
 
+def test_a_row_that_builds_on_others_may_leave_its_members_to_the_recipe() -> None:
+    row = Row("b", seed=3, needs=["a"], overrides={"model": {"x": 1}})
+    assert row.settings("runs/study") == {
+        "seed_everything": 3,
+        "data": {"seed": 3},
+        "model": {"x": 1},
+        "trainer": {"default_root_dir": "runs/study/b"},
+    }
+
+
+def test_an_attack_has_a_seed_and_a_folder_and_leaves_the_data_of_its_target_alone() -> None:
+    row = Row("b", seed=3, verb="attack", needs=["a"], overrides={"attack": {"x": 1}})
+    assert row.settings("runs/study") == {"seed_everything": 3, "out": "runs/study/b", "attack": {"x": 1}}
+    for given in ({}, {"needs": ["a"], "num_members": 2}):
+        with pytest.raises(ValueError, match="row b "):
+            Row("b", verb="attack", **given)
+
+
 @pytest.mark.parametrize("name", ["", "../up", "a/b", "a b", ".hidden"])
 def test_a_name_that_is_no_folder_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match="a row's name holds letters"):
@@ -47,6 +65,9 @@ def test_states_outlive_the_process_and_follow_the_names() -> None:
     assert again["b"] == plan["b"]
     again.save()
     assert [entry.row for entry in read_plan("study/plan.jsonl")] == [Row("c", num_members=3), *rows]
+    chain = Row("d", verb="attack", needs=["a", "b"], kind="attack")
+    Plan("study", [*rows, chain]).save()
+    assert read_plan("study/plan.jsonl")[-1].row == chain
 
 
 def test_one_line_a_row_with_its_state_and_members() -> None:
@@ -58,9 +79,13 @@ def test_one_line_a_row_with_its_state_and_members() -> None:
 
 @pytest.mark.parametrize(
     ("rows", "message"),
-    [([], "the plan has no rows"), ([Row("a", num_members=2), Row("a", num_members=3)], "two rows are called a")],
+    [
+        ([], "the plan has no rows"),
+        ([Row("a", num_members=2), Row("a", num_members=3)], "two rows are called a"),
+        ([Row("b", needs=["a"]), Row("a", num_members=2)], "row b needs a: rows that it builds on stand before it"),
+    ],
 )
-def test_a_plan_needs_rows_with_names_of_their_own(rows: list[Row], message: str) -> None:
+def test_a_plan_needs_rows_with_names_of_their_own_in_an_order_that_can_be_run(rows: list[Row], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Plan("study", rows)
 

@@ -32,10 +32,10 @@ def read_config() -> ReadConfig:
     def content(option: str) -> str:
         return Path(option).read_text() if "\n" not in option and Path(option).is_file() else option
 
-    def read(options: Sequence[str]) -> dict[str, Any]:
-        key = tuple(map(content, options))
+    def read(options: Sequence[str], verb: str = "fit") -> dict[str, Any]:
+        key = (verb, *map(content, options))
         if key not in known:
-            known[key] = json.dumps(found[0](options))
+            known[key] = json.dumps(found[0](options, verb))
         return json.loads(known[key])
 
     return read
@@ -45,7 +45,7 @@ def read_config() -> ReadConfig:
 def trainings(monkeypatch: pytest.MonkeyPatch, read_config: ReadConfig) -> Trainings:
     """No processes and no pictures: rows are written down."""
     found = Trainings(read_config)
-    monkeypatch.setattr(runner, "train_row", found.train)
+    monkeypatch.setattr(runner, "run_row", found.run)
     monkeypatch.setattr(emm, "draw_emm", lambda records, curves, path, onset_ratio: path.touch())
     return found
 

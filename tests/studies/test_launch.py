@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from lightning_mem.studies import launch
-from lightning_mem.studies.launch import Stop, last_words, train_row
+from lightning_mem.studies.launch import Stop, last_words, run_row
 
 CHILD = """#!/bin/sh
 echo "$@"
@@ -37,7 +37,7 @@ def test_a_signal_asks_the_child_to_save_and_is_remembered(lock: int, number: si
             os.kill(os.getpid(), number)
 
     with Stop().listening() as stop:
-        code = train_row(["--config", "a.yaml"], Path("rows/a.log"), stop, lock, look)
+        code = run_row("fit", ["--config", "a.yaml"], Path("rows/a.log"), stop, lock, look)
     assert (code, stop.signal) == (143, number)
     assert Path("rows/a.log").read_text() == "-m lightning_mem fit --config a.yaml\nsaved\n"
     assert [signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)] == before
@@ -47,15 +47,15 @@ def test_a_child_that_ends_by_itself_gives_its_status_and_adds_to_its_log(lock: 
     Path("a.log").write_text("first part\n")
     Path("leave").touch()
     with Stop().listening() as stop:
-        assert train_row(["x"], Path("a.log"), stop, lock, lambda: None) == 0
+        assert run_row("attack", ["x"], Path("a.log"), stop, lock, lambda: None) == 0
     assert stop.signal is None
-    assert Path("a.log").read_text() == "first part\n-m lightning_mem fit x\n"
+    assert Path("a.log").read_text() == "first part\n-m lightning_mem attack x\n"
 
 
 def test_a_signal_between_two_rows_ends_the_next_one_at_once(lock: int) -> None:
     stop = Stop()
     stop.signal = signal.SIGTERM
-    assert train_row(["x"], Path("a.log"), stop, lock, lambda: None) in (143, -signal.SIGTERM)
+    assert run_row("fit", ["x"], Path("a.log"), stop, lock, lambda: None) in (143, -signal.SIGTERM)
 
 
 def test_last_words_are_the_last_line_that_says_something() -> None:

@@ -52,8 +52,8 @@ class Trainings:
         self.options: list[list[str]] = []
         self.stop_at: dict[str, int] = {}
 
-    def train(self, options: list[str], log: Path, stop: Stop, lock: int, look: Callable[[], None]) -> int:
-        """What :func:`lightning_mem.studies.launch.train_row` does."""
+    def run(self, verb: str, options: list[str], log: Path, stop: Stop, lock: int, look: Callable[[], None]) -> int:
+        """What :func:`lightning_mem.studies.launch.run_row` does."""
         own = yaml.safe_load(Path(options[-3 if "--ckpt_path" in options else -1]).read_text())
         folder = Path(own["trainer"]["default_root_dir"])
         self.rows.append(folder.name)
