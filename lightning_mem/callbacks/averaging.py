@@ -1,5 +1,6 @@
 """Lightning's exponential moving average of the weights, updated in one fused call instead of one per parameter."""
 
+import warnings
 from typing import Any
 
 import torch
@@ -44,9 +45,11 @@ class EMA(EMAWeightAveraging):
         self._pairs: tuple[list[torch.Tensor], list[torch.Tensor]] | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Forget the parameters of an earlier run."""
+        """Forget the parameters of an earlier run; a network that waits for its data is built first."""
         self._pairs = None
-        super().setup(trainer, pl_module, stage)
+        with warnings.catch_warnings():  # nothing here shards layers
+            warnings.filterwarnings("ignore", message=".*overrides the configure_model")
+            super().setup(trainer, pl_module, stage)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

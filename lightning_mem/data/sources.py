@@ -117,6 +117,10 @@ class AbstractSource(ABC):
         classes = "no true labels" if self.num_classes is None else f"{self.num_classes} true labels"
         return f"{self.name}: {len(self)} images, {classes}"
 
+    def provenance(self) -> dict[str, Any]:
+        """Where generated images and their labels came from, plain values; empty for images that were not generated."""
+        return {}
+
     def _checked(self, index: int) -> int:
         """The index, if there is such an image; a negative one would quietly be another image."""
         if not 0 <= index < len(self):

@@ -3,3 +3,4 @@
 from lightning_mem.modules.base import AbstractModule
 from lightning_mem.modules.denoiser import DenoiserModule, load_target, read_checkpoint
 from lightning_mem.modules.schedules import WarmupCosine
+from lightning_mem.modules.surrogate import LoadedClassifier, SurrogateModule, load_classifier

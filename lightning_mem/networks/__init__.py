@@ -1,3 +1,4 @@
-"""Thin builders over diffusers' UNets."""
+"""Thin builders over diffusers' UNets and timm's ResNets."""
 
+from lightning_mem.networks.classifier import ClassifierConfig, TimeClassifier, build_classifier
 from lightning_mem.networks.unet import UNetConfig, UNetDenoiser, build_unet
