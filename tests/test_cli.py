@@ -79,11 +79,11 @@ def test_every_verb_takes_the_saved_configuration(fit) -> None:
 
 
 def test_sampling_continues_where_it_stopped(fit, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lightning_mem.callbacks import drawing
+    from lightning_mem.evaluation import blocks
 
     run = fit("run")
     options = ["--num_samples", "200", "--num_steps", "2"]
-    original, calls = drawing.sample, []
+    original, calls = blocks.sample, []
 
     def draw(*args, **kwargs):
         calls.append(1)
@@ -92,7 +92,7 @@ def test_sampling_continues_where_it_stopped(fit, monkeypatch: pytest.MonkeyPatc
         return original(*args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(drawing, "sample", draw)
+        patch.setattr(blocks, "sample", draw)
         with pytest.raises(RuntimeError, match="power cut"):
             fit("run", *options, "--out", "part", verb="sample")
         fit("run", *options, "--out", "part", verb="sample")

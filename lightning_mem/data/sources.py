@@ -1,5 +1,6 @@
 """Sources: collections of images that examples are taken from, every one read as uint8 at the size asked for."""
 
+import json
 import zipfile
 import zlib
 from abc import ABC, abstractmethod
@@ -220,6 +221,23 @@ class ArraySource(AbstractSource):
         """The labels in the file, int64 [N]; None when it holds none."""
         labels = self._arrays[1]
         return None if labels is None else labels.copy()
+
+    def provenance(self) -> dict[str, Any]:
+        """What the manifest beside the file says, where there is one: settings, ``images_digest``, ``target_digest``.
+
+        Raises:
+            ValueError: If the manifest cannot be read.
+        """
+        manifest = Path(self.path).with_suffix(".json")
+        if not manifest.is_file():
+            return {}
+        try:
+            written = json.loads(manifest.read_text())
+            settings = dict(written["settings"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{manifest} is no manifest of a SampleSet ({error}): write the samples again") from error
+        target = {"target_digest": settings["target"]} if "target" in settings else {}
+        return {**settings, **target, "images_digest": written.get("digest", "")}
 
 
 class _LayoutError(ValueError):
