@@ -1,6 +1,7 @@
 """Callbacks and loggers: evaluation during training, pictures, the run folder."""
 
 from lightning_mem.callbacks.averaging import EMA
+from lightning_mem.callbacks.classification import ClassifierRecords
 from lightning_mem.callbacks.curves import Curves
 from lightning_mem.callbacks.evaluation import SampleEvaluation
 from lightning_mem.callbacks.gallery import Gallery

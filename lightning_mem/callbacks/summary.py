@@ -14,6 +14,8 @@ from lightning_mem.evaluation.curves import curve, onset
 from lightning_mem.evaluation.ledger import read_ledger
 from lightning_mem.records import atomic_write, read_records
 
+FILES = ("results.jsonl", "metrics.csv", "ledger.csv")
+
 
 def summarize(
     folder: str | Path,
@@ -64,7 +66,7 @@ def summarize(
             {"index": int(row["index"]), "copies": int(row["copies"]), "nearest": float(row["nearest"])}
             for row in copied
         ],
-        "open": [*images[:1], *pairs[-1:], "results.jsonl", "metrics.csv", "ledger.csv"],
+        "open": [*images[:1], *pairs[-1:], *[name for name in FILES if (folder / name).exists()]],
     }
 
 
@@ -91,6 +93,10 @@ class RunSummary(Callback):
             None if best is None else f"checkpoints/{best}",
             *[None if share is None else round(float(share), 4) for share in shares],
         )
+        if not hasattr(pl_module, "target"):  # a classifier, which draws nothing
+            values = {name: float(value) for name, value in sorted(trainer.callback_metrics.items())}
+            summary["validation"] = {name: value for name, value in values.items() if name.startswith("val/")}
+            summary["step"] = trainer.global_step
         with atomic_write(folder / "summary.json") as file:
             json.dump(summary, file, indent=1)
         for logger in trainer.loggers:
@@ -102,9 +108,13 @@ class RunSummary(Callback):
 def summary_table(summary: dict[str, Any], folder: Path) -> Table:
     """The summary as a table for the screen."""
     table = Table(title=f"{folder}", show_header=False, title_justify="left")
-    table.add_row("memorization ratio", _shown(summary["memorization/ratio"]))
-    table.add_row("  held-out control", _shown(summary["memorization/ratio_heldout"]))
-    table.add_row("  onset", "none" if summary["onset_step"] is None else f"step {summary['onset_step']}")
+    draws = "validation" not in summary
+    if draws:
+        table.add_row("memorization ratio", _shown(summary["memorization/ratio"]))
+        table.add_row("  held-out control", _shown(summary["memorization/ratio_heldout"]))
+        table.add_row("  onset", "none" if summary["onset_step"] is None else f"step {summary['onset_step']}")
+    for name, value in summary.get("validation", {}).items():
+        table.add_row(name, f"{value:.3f}")
     for name, entry in summary["frechet"].items():
         table.add_row(f"{name}", _shown(entry))
     table.add_row("best checkpoint", summary["best_checkpoint"] or "none")
@@ -112,7 +122,8 @@ def summary_table(summary: dict[str, Any], folder: Path) -> Table:
         table.add_row("time spent on evaluations", f"{summary['evaluation_share']:.0%}")
     if summary["metrics_share"] is not None:
         table.add_row("  metrics over sampling", f"{summary['metrics_share']:.3f}")
-    copied = ", ".join(f"#{row['index']} x{row['copies']}" for row in summary["most_copied"])
-    table.add_row("most copied images", copied or "none")
+    if draws:
+        copied = ", ".join(f"#{row['index']} x{row['copies']}" for row in summary["most_copied"])
+        table.add_row("most copied images", copied or "none")
     table.add_row("open", "\n".join(str(folder / name) for name in summary["open"]))
     return table

@@ -46,10 +46,10 @@ class SurrogateModule(AbstractModule):
 
     The target gives its schedule, image size and digest; its network is not kept. The number of classes is the data's,
     known when they are read. Logs ``train/loss``; on held-out images ``val/loss``, ``val/accuracy``, and per timestep
-    bin ``val/accuracy/t0-199`` and ``val/calibration/t0-199`` (expected calibration error, 15 bins); on as many members,
-    for what is learned by heart, ``val/loss_members``, ``val/accuracy_members/t0-199`` and so on. Every image is seen
-    once a bin, at a timestep and noise of its own address: curves are comparable, and equal for any number of processes.
-    A checkpoint alone restores the classifier (:func:`load_classifier`).
+    bin ``val/accuracy/t0-199`` and ``val/calibration/t0-199`` (expected calibration error, 15 bins); on as many
+    members, for what is learned by heart, ``val/loss_members``, ``val/accuracy_members/t0-199`` and so on. Every image
+    is seen once a bin, at a timestep and noise of its own address: curves are comparable, and equal for any number of
+    processes. A checkpoint alone restores the classifier (:func:`load_classifier`).
 
     Args:
         target: The model to be attacked: a run folder, a ``.ckpt``, a diffusers folder or hub id.
@@ -106,6 +106,7 @@ class SurrogateModule(AbstractModule):
         self.num_classes = 0
         self.pseudo_labels: dict[str, Any] = {}
         self.classifier: TimeClassifier | None = None
+        self.hits: dict[str, tuple[int, int]] = {}
         self._validation: dict[int, list[float]] = {}
 
     def configure_model(self) -> None:
@@ -223,6 +224,7 @@ class SurrogateModule(AbstractModule):
         places, found = (torch.as_tensor(self.all_gather(part)) for part in (rows, values))
         merged = dict(zip(places.flatten().tolist(), found.reshape(-1, values.shape[1]), strict=True))
         split = len(data.heldout)
+        self.hits = {}
         for suffix, part in (
             ("", [merged[row] for row in sorted(merged) if row < split]),
             ("_members", [merged[row] for row in sorted(merged) if row >= split]),
@@ -245,6 +247,7 @@ class SurrogateModule(AbstractModule):
         }
         for place, (low, high) in enumerate(self.bins):
             name = f"{suffix}/t{low}-{high - 1}"
+            self.hits[f"val/accuracy{name}"] = int(hit[place].sum()), len(values)
             found[f"val/accuracy{name}"] = float(hit[place].mean())
             # of the event "the guess is right" with the guess's probability: the usual error of many classes
             error = binary_calibration_error(confidence[place], hit[place].long(), CALIBRATION_BINS)

@@ -1,7 +1,7 @@
 """Thin builder over timm's ResNets, and the one module by which such a network knows the timestep."""
 
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import timm
 import torch
@@ -82,7 +82,8 @@ class ClassifierConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "ClassifierConfig":
         """The settings that :meth:`to_dict` wrote."""
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        return cls(**fields)
 
 
 class TimeModulation(nn.Module):
@@ -163,12 +164,22 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
         mean = _SumOverProcesses.apply(wide.sum((0, 2, 3))) / count
         centred = wide - mean[:, None, None]
         var = _SumOverProcesses.apply(centred.square().sum((0, 2, 3))) / count
-        with torch.no_grad():
-            self.num_batches_tracked += 1
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(var * count / (count - 1), self.momentum)
+        self._remember(mean.detach(), var.detach() * count / (count - 1))
         scale = self.weight * (var + self.eps).rsqrt()
         return (centred * scale[:, None, None] + self.bias[:, None, None]).to(x.dtype)
+
+    def _remember(self, mean: Tensor, var: Tensor) -> None:
+        """Move the running statistics, as torch's own does."""
+        if self.num_batches_tracked is None or self.running_mean is None or self.running_var is None:
+            return
+        self.num_batches_tracked.add_(1)
+        rate = 1 / int(self.num_batches_tracked) if self.momentum is None else self.momentum
+        self.running_mean.lerp_(mean, rate)
+        self.running_var.lerp_(var, rate)
+
+
+def _first_block(backbone: ResNet) -> Any:
+    return backbone.get_submodule("layer1.0")
 
 
 class TimeClassifier(nn.Module):
@@ -184,14 +195,14 @@ class TimeClassifier(nn.Module):
         self.backbone = backbone
         self.time_dependent = time_channels is not None
         if time_channels is not None:
-            block = backbone.layer1[0]
+            block = _first_block(backbone)
             block.bn1 = TimedNorm(block.bn1, TimeModulation(block.conv1.out_channels, time_channels))
 
     def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
         """Logits [B, num_classes] of x_t [B, C, H, W] at training timesteps t int64 [B]."""
         if not self.time_dependent:
             return self.backbone(x_t)
-        timed = self.backbone.layer1[0].bn1
+        timed = _first_block(self.backbone).bn1
         timed.t = t
         try:
             return self.backbone(x_t)
@@ -235,10 +246,10 @@ def build_classifier(
     }  # fmt: skip
     backbone = _small(config, **options) if config.backbone == SMALL else _by_name(str(config.backbone), **options)
     if config.stem == "small":
-        width = backbone.layer1[0].conv1.in_channels
-        backbone.conv1 = nn.Conv2d(channels, width, 3, padding=1, bias=False)
-        nn.init.kaiming_normal_(backbone.conv1.weight, mode="fan_out", nonlinearity="relu")
-        backbone.maxpool = nn.Identity()
+        stem = nn.Conv2d(channels, _first_block(backbone).conv1.in_channels, 3, padding=1, bias=False)
+        nn.init.kaiming_normal_(stem.weight, mode="fan_out", nonlinearity="relu")
+        backbone.add_module("conv1", stem)
+        backbone.add_module("maxpool", nn.Identity())
     if config.norm == "group":
         _use_groups(backbone, config.norm_num_groups)
     return TimeClassifier(backbone, config.time_channels if time_dependent else None)
@@ -262,14 +273,14 @@ def _by_name(name: str, **options: Any) -> ResNet:
     if name.split(".")[0] not in known:
         near = [k for k in known if k.startswith(name[:7])][:8] or ["resnet18", "resnet34", "resnet50"]
         raise ValueError(f"backbone must be {SMALL} or a ResNet of timm ({', '.join(near)} ...), got {name!r}")
-    return timm.create_model(name, **options)
+    return cast(ResNet, timm.create_model(name, **options))
 
 
 def _small(config: ClassifierConfig, **options: Any) -> ResNet:
     """A ResNet of a few narrow levels; timm's always calls four."""
-    stem = {"stem_type": "deep", "stem_width": config.widths[0] // 2}  # a deep stem ends in twice its width
     options.pop("pretrained", None)
-    backbone = ResNet(BasicBlock, config.blocks, channels=config.widths, **stem, **options)
+    options |= {"stem_type": "deep", "stem_width": config.widths[0] // 2}  # a deep stem ends in twice its width
+    backbone = ResNet(BasicBlock, config.blocks, channels=config.widths, **options)  # type: ignore[arg-type]
     for level in range(len(config.widths) + 1, 5):
         setattr(backbone, f"layer{level}", nn.Identity())
     return backbone
