@@ -1,0 +1,4 @@
+"""Attacks: what can be got out of a target; one published method, one file."""
+
+from lightning_mem.attacks.clusters import Clusters, cluster, cohesion, isolation, keep_clusters
+from lightning_mem.attacks.pseudo_labels import PseudoLabels
