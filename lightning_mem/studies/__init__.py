@@ -1,4 +1,4 @@
-"""Studies: whatever trains one recipe many times, as a plan of ordinary run folders."""
+"""Studies: whatever trains or attacks one recipe many times, as a plan of ordinary folders."""
 
 from lightning_mem.studies.base import AbstractStudy, ReadConfig, Run, Settings
 from lightning_mem.studies.emm import EffectiveMemorization
@@ -10,3 +10,4 @@ from lightning_mem.studies.pooling import (
     seeds_interval,
 )
 from lightning_mem.studies.runner import study
+from lightning_mem.studies.side_sweep import SideSweep

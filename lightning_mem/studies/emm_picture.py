@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from lightning_mem.evaluation.curves import COLORS, curve
 from lightning_mem.records import Record
 from lightning_mem.studies.onset import onsets
+from lightning_mem.studies.shown import in_words, select
 
 RATIO, CONTROL = "memorization/ratio", "memorization/ratio_heldout"
 
@@ -22,25 +23,12 @@ WORDS = {"none": "no labels", "true": "true labels", "random": "random labels", 
 TICKS = [10**power * digit for power in range(7) for digit in (1, 2, 5)]
 
 
-def _select(records: Sequence[Record], name: str, **definition: object) -> list[Record]:
-    wanted = definition.items()
-    return [r for r in records if r.name == name and all(r.definition.get(key) == value for key, value in wanted)]
-
-
 def _size(record: Record) -> int:
     return int(record.definition["num_members"])
 
 
 def _value(record: Record) -> float:
     return record.value or 0.0
-
-
-def _about(record: Record, digits: int = 3) -> str:
-    if record.value is None:
-        return "none"
-    form = f".{digits}f"
-    ends = "" if record.low is None or record.high is None else f" [{record.low:{form}}, {record.high:{form}}]"
-    return f"{record.value:{form}}{ends}"
 
 
 def draw_emm(records: Sequence[Record], curves: Curves, path: Path, onset_ratio: float = 0.1) -> None:
@@ -57,7 +45,7 @@ def draw_emm(records: Sequence[Record], curves: Curves, path: Path, onset_ratio:
     rules = list(dict.fromkeys(rule for rule, _ in curves))
     own = {n: runs for (rule, n), runs in curves.items() if rule == rules[0]}
     _draw_ratios(left, records, curves, rules)
-    _draw_onsets(middle, _select(records, "onset/slope", labels=rules[0]), own, onset_ratio)
+    _draw_onsets(middle, select(records, "onset/slope", labels=rules[0]), own, onset_ratio)
     _draw_over_steps(right, own)
     for axes in (left, middle, right):
         axes.spines[["top", "right"]].set_visible(False)
@@ -69,7 +57,7 @@ def draw_emm(records: Sequence[Record], curves: Curves, path: Path, onset_ratio:
 
 def _draw_ratios(axes: Axes, records: Sequence[Record], curves: Curves, rules: Sequence[str]) -> None:
     for place, (color, rule) in enumerate(zip(COLORS, rules, strict=False)):
-        rows = _select(records, RATIO, labels=rule)
+        rows = select(records, RATIO, labels=rule)
         sizes = [_size(row) * (1 + 0.03 * place) for row in rows]  # several rules at one size stand side by side
         low, high = [row.low or 0.0 for row in rows], [row.high or 0.0 for row in rows]
         axes.plot(sizes, [_value(row) for row in rows], "o-", color=color, ms=5, label=WORDS.get(rule, rule))
@@ -80,7 +68,7 @@ def _draw_ratios(axes: Axes, records: Sequence[Record], curves: Curves, rules: S
         for row, size in zip(rows, sizes, strict=True):
             seeds = [_value(curve(run, RATIO)[-1]) for run in curves[rule, _size(row)]]
             axes.plot([size] * len(seeds), seeds, ".", color=color, ms=3, alpha=0.7)
-    control = _select(records, CONTROL, labels=rules[0])
+    control = select(records, CONTROL, labels=rules[0])
     axes.plot(
         [_size(row) for row in control],
         [_value(row) for row in control],
@@ -88,18 +76,18 @@ def _draw_ratios(axes: Axes, records: Sequence[Record], curves: Curves, rules: S
         color=COLORS[0],
         label="held-out control",
     )
-    optimum = _select(records, "emm/optimum")
+    optimum = select(records, "emm/optimum")
     if optimum:
         axes.plot(
             [_size(row) for row in optimum], [_value(row) for row in optimum], "*", color="#555555", ms=10,
             label="closed-form optimum", clip_on=False, zorder=3,
         )  # fmt: skip
-    for crossing in _select(records, "emm/crossing", labels=rules[0]):
+    for crossing in select(records, "emm/crossing", labels=rules[0]):
         axes.axhline(crossing.definition["level"], color="#888888", lw=0.8, ls="--")
         if crossing.value is not None:
             axes.axvline(crossing.value, color=COLORS[0], lw=0.8, ls="--")
             axes.annotate(
-                f"EMM {_about(crossing, 0)}", (crossing.value, 0.02), fontsize=8, color=COLORS[0], rotation=90,
+                f"EMM {in_words(crossing, 0)}", (crossing.value, 0.02), fontsize=8, color=COLORS[0], rotation=90,
                 ha="right", va="bottom", xytext=(-2, 0), textcoords="offset points",
             )  # fmt: skip
     _name_sizes(axes, sorted({n for _, n in curves}))
@@ -124,7 +112,7 @@ def _draw_onsets(
     for color, event in zip((COLORS[1], COLORS[3]), dict.fromkeys(event for event, _, _ in found), strict=False):
         points = [(n, step) for name, n, step in found if name == event]
         laws = [slope for slope in slopes if slope.definition["event"] == event]
-        words = f"{event}: slope {_about(laws[0], 2)}" if laws else event
+        words = f"{event}: slope {in_words(laws[0], 2)}" if laws else event
         axes.plot([n for n, _ in points], [step for _, step in points], "o", color=color, ms=4, label=words)
         for law in laws:
             ends = [law.definition["smallest"], law.definition["largest"]]
@@ -163,19 +151,19 @@ def _name_sizes(axes: Axes, sizes: Sequence[int]) -> None:
 def emm_table(records: Sequence[Record]) -> str:
     """The study in Markdown: one line per cell, then the claims over all cells."""
     events = list(dict.fromkeys(r.definition["event"] for r in records if r.name == "onset/step"))
-    passes = [record.definition["steps_per_image"] for record in _select(records, "emm/equal_passes")]
+    passes = [record.definition["steps_per_image"] for record in select(records, "emm/equal_passes")]
     heads = ["labels", "images", "seeds", "ratio", "held-out control", "highest ratio"]
     heads += [f"ratio at {passes[0]:g} steps per image"]
     heads += [f"onset: {event}" for event in events]
     lines = ["| " + " | ".join(heads) + " |", "|" + " --- |" * len(heads)]
-    for ratio in _select(records, RATIO):
+    for ratio in select(records, RATIO):
         cell = {key: ratio.definition[key] for key in ("labels", "num_members")}
-        others = [_select(records, name, **cell) for name in (CONTROL, "emm/highest", "emm/equal_passes")]
-        steps = [_select(records, "onset/step", event=event, **cell) for event in events]
-        shown = [_about(found[0]) if found else "none" for found in others]
-        shown += [_about(found[0], 0) if found else "none" for found in steps]
+        others = [select(records, name, **cell) for name in (CONTROL, "emm/highest", "emm/equal_passes")]
+        steps = [select(records, "onset/step", event=event, **cell) for event in events]
+        shown = [in_words(found[0]) if found else "none" for found in others]
+        shown += [in_words(found[0], 0) if found else "none" for found in steps]
         words = WORDS.get(cell["labels"], cell["labels"])
-        parts = [words, f"{cell['num_members']:,}", str(ratio.definition["seeds"]), _about(ratio), *shown]
+        parts = [words, f"{cell['num_members']:,}", str(ratio.definition["seeds"]), in_words(ratio), *shown]
         lines.append("| " + " | ".join(parts) + " |")
     return "\n".join([*lines, "", *(claim for record in records if (claim := _claim(record)))]) + "\n"
 
@@ -185,12 +173,12 @@ def _claim(record: Record) -> str:
     about = record.definition
     words = WORDS.get(about.get("labels", ""), about.get("labels", ""))
     if record.name == "emm/crossing":
-        return f"* {words}: the ratio crosses {about['level']} at {_about(record, 1)} images"
+        return f"* {words}: the ratio crosses {about['level']} at {in_words(record, 1)} images"
     if record.name == "onset/slope":
-        return f"* {words}: onset ({about['event']}) grows as images to the power of {_about(record, 2)}"
+        return f"* {words}: onset ({about['event']}) grows as images to the power of {in_words(record, 2)}"
     if record.name == "emm/gain":
         base = WORDS.get(about["against"], about["against"])
-        return f"* {words} at {about['num_members']:,} images: ratio {_about(record)} above {base}"
+        return f"* {words} at {about['num_members']:,} images: ratio {in_words(record)} above {base}"
     if record.name == "emm/optimum":
-        return f"* {words}: closed-form optimum on {about['num_members']:,} images {_about(record)}"
+        return f"* {words}: closed-form optimum on {about['num_members']:,} images {in_words(record)}"
     return ""

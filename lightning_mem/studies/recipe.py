@@ -13,7 +13,7 @@ from jsonargparse import ArgumentParser
 from lightning_mem.data import MemorizationDataModule
 from lightning_mem.data.plan import Verb
 from lightning_mem.data.split import read_indices
-from lightning_mem.records import digest
+from lightning_mem.records import atomic_write, digest
 from lightning_mem.studies.base import ReadConfig
 
 NOT_DECIDING = {
@@ -130,6 +130,9 @@ def is_finished(folder: Path, verb: Verb = "fit") -> bool:
 LAST_FILE: dict[Verb, str] = {"fit": "summary.json", "attack": "results.jsonl"}
 """What a verb leaves behind at its end."""
 
+PARENTS_FILE = "parents.json"
+"""In a folder whose run builds on others: what they were then."""
+
 
 class FinishedRuns:
     """Folders of runs and attacks that may spare one, found by a walk over some folders.
@@ -174,9 +177,23 @@ class FinishedRuns:
             self._known[place] = folder if settings is None else digest(settings)
         return self._known[place]
 
-    def deciding(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        """The deciding settings, with the identity of each run that the configuration builds on."""
-        return deciding(config, self.identify)
+    def deciding(self, config: Mapping[str, Any], folder: Path | None = None) -> dict[str, Any]:
+        """The deciding settings, with the identity of each run that the configuration builds on.
+
+        Args:
+            config: The configuration.
+            folder: Of a finished row: its parents count as what they were when it was run.
+        """
+        path = None if folder is None else folder / PARENTS_FILE
+        then = json.loads(path.read_text()) if path is not None and path.is_file() else {}
+        return deciding(config, lambda parent: then.get(parent) or self.identify(parent))
+
+    def note_parents(self, config: Mapping[str, Any], folder: Path) -> None:
+        """Write down what a row was run on: a parent may go on, and its folder then holds another run."""
+        found = {parent: self.identify(parent) for parent in parents_of(config)}
+        if found:
+            with atomic_write(folder / PARENTS_FILE) as file:
+                json.dump(found, file, indent=1)
 
     def find(self, config: Mapping[str, Any]) -> Path | None:
         """The first finished run with the same deciding settings and the same images.
@@ -194,6 +211,6 @@ class FinishedRuns:
         path = folder / "config.yaml"
         try:
             verb = verb_of(yaml.safe_load(path.read_text()))
-            return self.deciding(self._read_config(["--config", str(path)], verb))
+            return self.deciding(self._read_config(["--config", str(path)], verb), folder)
         except ValueError:
             return None

@@ -202,6 +202,7 @@ class Work:
             with atomic_write(own / "config.yaml") as file:  # says that the attack is complete, and which it is
                 yaml.safe_dump(self.configs[row.name], file, sort_keys=False)
         if code == 0 and is_finished(own, row.verb):
+            self._finished.note_parents(self.configs[row.name], own)
             self.plan.update(row.name, state="done", data_digest=data_digest_in(own))
         elif stop.signal is not None:
             self.plan.update(row.name, state="planned")

@@ -1,0 +1,371 @@
+"""A sweep of SIDE: its chains of rows, what spares a row, and its claims from attacks whose numbers were planted."""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from scipy import stats
+from tiny_study import TINY, ratio_curve, write_run
+
+from lightning_mem.data.plan import Row, merge, read_plan
+from lightning_mem.metrics import wilson_interval
+from lightning_mem.records import Record, read_records, write_records
+from lightning_mem.studies import Run, Settings, SideSweep, runner
+from lightning_mem.studies.launch import Stop
+from lightning_mem.studies.recipe import FinishedRuns, parents_of
+from lightning_mem.studies.side_sweep import peak_over_ends
+
+SURROGATE = {
+    "model": {"class_path": "x.SurrogateModule", "init_args": {"target": "?"}},
+    "data": {"source": {"class_path": "x.PseudoLabels", "init_args": {"target": "?", "num_clusters": 10}}},
+    "trainer": {"max_steps": 30},
+}
+ATTACK = {"attack": {"class_path": "x.SIDE", "init_args": {"guidance_scale": 1.0}}}
+N = 500
+
+
+def plain_config(options: Sequence[str], verb: str = "fit") -> dict[str, Any]:
+    """Files over each other: a command line that knows every setting and no default."""
+    found: dict[str, Any] = {"seed_everything": 0, "trainer": {"max_steps": 12}}
+    for file in options[1::2] if "--ckpt_path" not in options else options[1:-2:2]:
+        found = merge(found, yaml.safe_load(file if "\n" in file else Path(file).read_text()))
+    return {key: value for key, value in found.items() if verb == "attack" or key not in ("attack", "out")}
+
+
+def planted(values: dict[str, float], n: int = N) -> list[Record]:
+    """Records of an attack whose arms hit as often as told; every second copied image is a new one."""
+    found = []
+    for arm, hits in values.items():
+        about = {"surrogate": arm, "rule": "1/3", "target_digest": f"{hits}"}
+        low, high = wilson_interval(round(hits * n), n)
+        found.append(Record("attack/side/hits", hits, n, 12, low, high, "ema", definition=about))
+        found.append(Record("attack/side/hits_heldout", 0.0, n, 12, 0.0, 0.01, "ema", definition=about))
+        found.append(Record("attack/side/ams/high", hits / 2, n, 12, weights="ema", definition=about))
+        found.append(Record("attack/side/unique_share", hits / 2, n, 12, weights="ema", definition=about))
+    return found
+
+
+class Chains:
+    """Stands in for the processes of rows: leaves behind what they would."""
+
+    def __init__(self) -> None:
+        self.rows: list[str] = []
+        self.options: dict[str, list[str]] = {}
+        self.fails: set[str] = set()
+        self.killed: set[str] = set()
+
+    def run(self, verb: str, options: list[str], log: Path, stop: Stop, lock: int, look: Callable[[], None]) -> int:
+        config = plain_config(options, verb)
+        folder = Path(config["out"] if verb == "attack" else config["trainer"]["default_root_dir"])
+        self.rows.append(folder.name)
+        self.options[folder.name] = options
+        look()
+        if folder.name in self.fails:
+            log.parent.mkdir(parents=True, exist_ok=True)
+            log.write_text("ValueError: no\n")
+            return 1
+        if folder.name in self.killed:
+            folder.mkdir(parents=True)
+            (folder / "samples.blocks").touch()
+            stop.signal = 15
+            return 143
+        if verb == "attack":
+            scale = config["attack"]["init_args"]["guidance_scale"]
+            write_records(folder / "results.jsonl", planted({"none": 0.2, "closed_form": 0.2 + 0.1 * scale}))
+        elif "source" in config["data"] and config["data"]["source"]["class_path"] == "x.PseudoLabels":
+            assert (Path(config["model"]["init_args"]["target"]) / "summary.json").is_file()
+            folder.mkdir(parents=True)
+            (folder / "config.yaml").write_text(yaml.safe_dump(config))
+            for name in ("members.json", "summary.json"):
+                digest = {"digest": "0"}
+                (folder / name).write_text(json.dumps({"members": digest, "heldout": digest}))
+        else:
+            write_run(config, folder)
+        return 0
+
+
+@pytest.fixture
+def chains(monkeypatch: pytest.MonkeyPatch) -> Chains:
+    found = Chains()
+    monkeypatch.setattr(runner, "run_row", found.run)
+    monkeypatch.setattr("lightning_mem.studies.side_sweep.draw_sweep", lambda *_: None)
+    return found
+
+
+def sweep(**changes: Any) -> SideSweep:
+    for name, content in (("surrogate.yaml", SURROGATE), ("side.yaml", ATTACK)):
+        Path(name).write_text(yaml.safe_dump(content))
+    own: dict[str, Any] = {
+        "config": [str(TINY)], "surrogate": ["surrogate.yaml"], "attack": ["side.yaml"], "parameter": "lambda",
+        "values": [0.5, 1.0], "sets": {"attack": ["attack.init_args.guidance_scale"]}, "num_members": 20, "seeds": [0],
+    }  # fmt: skip
+    return SideSweep(**{**own, **changes})
+
+
+CLUSTERS = {
+    "parameter": "clusters", "values": [5, 10],
+    "sets": {"surrogate": ["data.source.init_args.num_clusters"], "attack": ["attack.init_args.labels.num_clusters"]},
+}  # fmt: skip
+
+
+def run(study: SideSweep, folder: str, **options: Any) -> Path:
+    runner.study(study, folder, read_config=plain_config, **options)
+    return Path(folder)
+
+
+def names(study: SideSweep) -> list[str]:
+    return [row.name for row in study.rows()]
+
+
+# --- rows --------------------------------------------------------------------------------------------------------
+
+
+def test_what_does_not_depend_on_the_value_is_run_once_a_seed() -> None:
+    one_surrogate = ["target_seed0", "surrogate_seed0", "attack_0.5_seed0", "attack_1.0_seed0"]
+    assert names(sweep()) == one_surrogate
+    assert names(sweep(seeds=[0, 4])) == one_surrogate + [name.replace("seed0", "seed4") for name in one_surrogate]
+    assert names(sweep(surrogate=None)) == ["target_seed0", "attack_0.5_seed0", "attack_1.0_seed0"]
+    assert names(sweep(**CLUSTERS)) == [
+        "target_seed0", "surrogate_5_seed0", "attack_5_seed0", "surrogate_10_seed0", "attack_10_seed0"
+    ]  # fmt: skip
+    larger = {"sets": {"target": ["trainer.max_steps"]}, "values": [6, 12]}
+    assert names(sweep(**larger, surrogate=None)) == [
+        "target_6_seed0", "attack_6_seed0", "target_12_seed0", "attack_12_seed0"
+    ]  # fmt: skip
+
+
+def test_a_value_stands_in_names_as_a_folder_can() -> None:
+    values = [[400, 1000], None, "timm/resnet18"]
+    words = ["400-1000", "none", "timm-resnet18"]
+    assert names(sweep(values=values, surrogate=None))[1:] == [f"attack_{word}_seed0" for word in words]
+
+
+def test_each_row_gets_its_value_and_the_folders_it_builds_on() -> None:
+    study = sweep(**CLUSTERS, overrides=Settings({"data": {"batch_size": 4}}))
+    rows = {row.name: row for row in study.rows()}
+    target = study.settings(rows["target_seed0"], "s", {})
+    assert (target["data"]["batch_size"], target["data"]["num_members"]) == (4, 20)
+    surrogate = study.settings(rows["surrogate_5_seed0"], "s", {"target_seed0": Path("t")})
+    assert surrogate["model"]["init_args"]["target"] == "t"
+    assert surrogate["data"] == {"seed": 0, "source": {"init_args": {"num_clusters": 5, "target": "t", "seed": 0}}}
+    attack = study.settings(
+        rows["attack_5_seed0"], "s", {"target_seed0": Path("t"), "surrogate_5_seed0": Path("other/u")}
+    )
+    assert attack["attack"]["init_args"] == {"labels": {"num_clusters": 5}, "surrogate": "other/u"}
+    assert (attack["out"], attack["trainer"]["default_root_dir"]) == ("s/attack_5_seed0", "t")
+
+
+# --- running -----------------------------------------------------------------------------------------------------
+
+
+def test_a_chain_is_run_in_order_and_once(chains: Chains, capsys: pytest.CaptureFixture) -> None:
+    study = sweep()
+    runner.study(study, "runs/one", dry_run=True, read_config=plain_config)
+    assert "4 rows, 2 trainings and 2 attacks to do" in " ".join(capsys.readouterr().out.split())
+    assert not Path("runs").exists()
+    folder = run(study, "runs/one")
+    assert chains.rows == names(study)
+    files = chains.options["attack_1.0_seed0"][1::2]
+    assert files == ["runs/one/target_seed0/config.yaml", "side.yaml", "runs/one/rows/attack_1.0_seed0.yaml"]
+    own = yaml.safe_load(Path(files[-1]).read_text())
+    assert own["attack"]["init_args"] == {"guidance_scale": 1.0, "surrogate": "runs/one/surrogate_seed0"}
+    assert {r.name for r in read_records(folder / "results.jsonl")} >= {"attack/side/hits", "sweep/gain", "sweep/ends"}
+    before = (folder / "results.jsonl").read_text()
+    chains.rows.clear()
+    run(study, "runs/one")
+    assert chains.rows == []
+    assert [json.loads(line)["value"] for line in before.splitlines()] == [
+        record.value for record in read_records(folder / "results.jsonl")
+    ]
+
+
+def test_another_sweep_reuses_targets_surrogates_and_equal_attacks(chains: Chains) -> None:
+    run(sweep(), "runs/one")
+    chains.rows.clear()
+    run(sweep(values=[1.0, 2.0]), "runs/two")
+    assert chains.rows == ["attack_2.0_seed0"]
+    places = {entry.row.name: entry.folder for entry in read_plan("runs/two/plan.jsonl")}
+    assert places["attack_1.0_seed0"] == "runs/one/attack_1.0_seed0"
+    assert places["surrogate_seed0"] == "runs/one/surrogate_seed0"
+    chains.rows.clear()
+    run(sweep(**CLUSTERS), "runs/three")
+    assert chains.rows == ["surrogate_5_seed0", "attack_5_seed0", "attack_10_seed0"]  # ten clusters are the recipe's
+    target = yaml.safe_load(Path("runs/three/rows/surrogate_5_seed0.yaml").read_text())["model"]["init_args"]["target"]
+    assert target == "runs/one/target_seed0"
+
+
+def test_a_run_on_another_target_is_not_reused_though_the_folders_name_is_the_same(chains: Chains) -> None:
+    run(sweep(), "runs/one")
+    chains.rows.clear()
+    run(sweep(overrides=Settings({"data": {"batch_size": 4}})), "runs/two")
+    assert chains.rows == names(sweep())
+    with pytest.raises(ValueError, match=r"target_seed0 holds a run with another configuration .*batch_size"):
+        run(sweep(overrides=Settings({"data": {"batch_size": 2}})), "runs/two")
+    # the target went on: what stands on it is of another one now
+    Path("runs/one/target_seed0/checkpoints").mkdir()
+    with pytest.raises(ValueError, match=r"surrogate_seed0 holds a run .*\(model.init_args.target, data"):
+        run(sweep(overrides=Settings({"trainer": {"max_steps": 20}})), "runs/one", reuse=[])
+
+
+def test_a_parent_counts_by_its_settings_wherever_it_lies(chains: Chains) -> None:
+    run(sweep(), "runs/one")
+    Path("moved").mkdir()
+    Path("runs/one/target_seed0").rename("moved/target")
+    finished = FinishedRuns(["runs"], plain_config)
+    config = yaml.safe_load(Path("runs/one/surrogate_seed0/config.yaml").read_text())
+    assert parents_of(config) == ["runs/one/target_seed0"] * 2
+    config = merge(config, {"model": {"init_args": {"target": "moved/target"}}})
+    assert finished.identify("moved/target") == read_plan("runs/one/plan.jsonl")[0].digest
+    assert finished.identify("nowhere") == "nowhere"
+
+
+def test_a_failed_target_takes_its_own_chain_along_and_no_other(chains: Chains) -> None:
+    chains.fails = {"target_seed0"}
+    with pytest.raises(SystemExit, match="4 of 8 rows failed.*\n.*target_seed0: ValueError: no") as stop:
+        run(sweep(seeds=[0, 1]), "runs/one")
+    assert "attack_0.5_seed0: not started: it needs target_seed0, surrogate_seed0" in str(stop.value)
+    assert chains.rows == ["target_seed0", *(name.replace("seed0", "seed1") for name in names(sweep()))]
+    chains.fails = set()
+    chains.rows.clear()
+    run(sweep(seeds=[0, 1]), "runs/one")
+    assert chains.rows == names(sweep())
+
+
+def test_an_attack_that_was_killed_is_started_again_on_what_it_left(chains: Chains) -> None:
+    chains.killed = {"attack_0.5_seed0"}
+    with pytest.raises(SystemExit) as stop:
+        run(sweep(), "runs/one")
+    assert stop.value.code == 143
+    chains.killed = set()
+    chains.rows.clear()
+    run(sweep(), "runs/one")
+    assert chains.rows == ["attack_0.5_seed0", "attack_1.0_seed0"]
+    assert Path("runs/one/attack_0.5_seed0/samples.blocks").exists()
+    assert "--ckpt_path" not in chains.options["attack_0.5_seed0"]
+
+
+def test_time_is_told_by_the_rows_of_a_kind(chains: Chains, capsys: pytest.CaptureFixture) -> None:
+    run(sweep(), "runs/one")
+    lines = [json.loads(line) for line in Path("runs/one/plan.jsonl").read_text().splitlines()]
+    for line in lines:
+        line["seconds"] = {"target": 0.0, "surrogate": 40.0, "attack": 90.0}[line["kind"]]
+    Path("runs/one/plan.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    capsys.readouterr()
+    runner.study(sweep(values=[0.5, 1.0, 2.0, 3.0]), "runs/one", dry_run=True, read_config=plain_config)
+    assert "0 trainings and 2 attacks to do; time: about 0:03:00" in " ".join(capsys.readouterr().out.split())
+
+
+# --- claims ------------------------------------------------------------------------------------------------------
+
+LAMBDAS = [0.0, 1.0, 2.0, 4.0]
+HITS = {0: [0.20, 0.40, 0.50, 0.10], 1: [0.22, 0.50, 0.46, 0.16], 2: [0.18, 0.42, 0.48, 0.10]}
+
+
+@pytest.fixture(scope="module")
+def reported(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Record], Path]:
+    folder = tmp_path_factory.mktemp("sweep")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        study = sweep(values=LAMBDAS, surrogate=None, seeds=[0, 1, 2])
+        runs = []
+        for row in study.rows():
+            runs.append(Run(row, Path(row.name), {}, ratio_curve([12], [0.2]) if row.kind == "target" else of(row)))
+        return study.report(runs, folder), folder
+
+
+def of(row: Row) -> list[Record]:
+    base = HITS[row.seed][0]
+    place = LAMBDAS.index(float(row.name.split("_")[1]))
+    return planted({"none": base, "closed_form": HITS[row.seed][place]})
+
+
+def named(records: Sequence[Record], name: str, **definition: object) -> list[Record]:
+    return [r for r in records if r.name == name and definition.items() <= r.definition.items()]
+
+
+def test_hits_are_pooled_over_seeds_with_samples_behind_them(reported: tuple[list[Record], Path]) -> None:
+    (hits,) = named(reported[0], "attack/side/hits", surrogate="closed_form", value="2.0")
+    half = stats.t.ppf(0.975, 2) * stats.sem([0.5, 0.46, 0.48])
+    theirs = stats.binomtest(720, 1500).proportion_ci(method="wilson")
+    assert (hits.value, hits.n, hits.definition["seeds"]) == (pytest.approx(0.48), 1500, 3)
+    assert (hits.low, hits.high) == pytest.approx((min(theirs.low, 0.48 - half), max(theirs.high, 0.48 + half)))
+    assert (hits.definition["parameter"], hits.definition["rule"], hits.run) == ("lambda", "1/3", "pooled")
+    assert "target_digest" not in hits.definition
+    (unique,) = named(reported[0], "attack/side/unique_share", surrogate="closed_form", value="2.0")
+    assert (unique.low, unique.high) == pytest.approx((0.24 - half / 2, 0.24 + half / 2))
+    (ratio,) = named(reported[0], "memorization/ratio")
+    assert (ratio.value, ratio.n) == (pytest.approx(0.2), 300)
+
+
+def test_gains_are_paired_by_seed(reported: tuple[list[Record], Path]) -> None:
+    (gain,) = named(reported[0], "sweep/gain", of="hits", value="2.0")
+    theirs = stats.t.interval(0.95, 2, loc=0.28, scale=stats.sem([0.30, 0.24, 0.30]))
+    assert (gain.value, gain.low, gain.high) == pytest.approx((0.28, *theirs))
+    zero = named(reported[0], "sweep/gain", of="hits", value="0.0")[0]
+    assert (zero.value, zero.low, zero.high) == (0.0, 0.0, 0.0)
+    assert named(reported[0], "sweep/gain", surrogate="none") == []
+
+
+def test_ends_and_peak_are_paired_and_the_peaks_place_is_not_the_seeds_own(reported) -> None:
+    (ends,) = named(reported[0], "sweep/ends", of="hits", surrogate="closed_form")
+    assert ends.value == pytest.approx((-0.10 - 0.06 - 0.08) / 3)
+    (peak,) = named(reported[0], "sweep/peak", of="hits", surrogate="closed_form")
+    # the others' mean is highest at 2 for each seed but seed 2, whose others are 0.45 at 1 and 0.48 at 2
+    each = [0.50 - 0.20, 0.46 - 0.22, 0.48 - 0.18]
+    theirs = stats.t.interval(0.95, 2, loc=sum(each) / 3, scale=stats.sem(each))
+    assert (peak.value, peak.low, peak.high) == pytest.approx((sum(each) / 3, *theirs))
+    (flat,) = named(reported[0], "sweep/peak", of="hits", surrogate="none")
+    assert flat.value == 0.0
+
+
+def test_a_peak_where_others_have_theirs_is_no_gain_by_choice() -> None:
+    assert peak_over_ends([0.1, 0.9, 0.2, 0.3], [[0.0, 0.1, 0.6, 0.0]]) == pytest.approx(0.2 - 0.3)
+    assert peak_over_ends([0.1, 0.4, 0.2], [[1.0, 0.0, 1.0]]) == pytest.approx(0.2)
+
+
+def test_names_and_definitions_tell_all_pooled_records_apart(reported: tuple[list[Record], Path]) -> None:
+    assert len({record.identity for record in reported[0]}) == len(reported[0])
+
+
+def test_table_and_picture_show_every_value_beside_the_unguided_line(reported: tuple[list[Record], Path]) -> None:
+    table = (reported[1] / "sweep.md").read_text()
+    assert "| lambda | arm | seeds | hits | above unguided | held-out control | distinct images | AMS high |" in table
+    assert "| 0.0 | unguided | 3 | 0.200 [" in table
+    assert "| 2.0 | closed-form surrogate | 3 | 0.480 [" in table
+    assert "* closed-form surrogate: hits at its peak 0.280 [" in table
+    assert "* closed-form surrogate: hits at 4.0 -0.080 [" in table
+    assert "* the targets themselves: memorization ratio 0.200 [" in table
+    assert (reported[1] / "sweep.png").stat().st_size > 10_000
+
+
+def test_one_seed_and_some_of_the_values_are_reported_too(tmp_path: Path) -> None:
+    study = sweep(values=LAMBDAS[1:], surrogate=None, seeds=[0], logarithmic=True)
+    rows = [row for row in study.rows() if row.kind == "attack"][:2]
+    found = study.report([Run(row, Path(row.name), {}, of(row)) for row in rows], tmp_path)
+    assert [r.value for r in named(found, "attack/side/hits", surrogate="closed_form")] == [0.40, 0.50]
+    assert [r.value for r in named(found, "sweep/ends", of="hits", surrogate="closed_form")] == [pytest.approx(0.1)]
+    assert named(found, "sweep/peak") == []
+    (target,) = (row for row in study.rows() if row.kind == "target")
+    early = study.report([Run(target, Path("t"), {}, ratio_curve([12], [0.2]))], tmp_path)
+    assert [record.name for record in early] == ["memorization/ratio"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"attack": ["missing.yaml"]}, r"attack must name .* missing: \['missing.yaml'\]"),
+        ({"attack": []}, "attack must name at least one file"),
+        ({"values": [1, 1]}, r"values must hold at least one and none twice, got \['1', '1'\]"),
+        ({"values": []}, "values must hold at least one"),
+        ({"seeds": []}, "seeds must hold at least one"),
+        ({"sets": {}}, "sets must name a setting that takes the value"),
+        ({"sets": {"surrogate": ["x"]}, "surrogate": None}, "of the surrogate only where its files are given"),
+        ({"logarithmic": True, "values": [0.0, 1.0]}, r"a logarithmic axis needs positive numbers, got \[0.0, 1.0\]"),
+    ],
+)
+def test_bad_settings_are_refused(changes: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        sweep(**changes)
