@@ -39,7 +39,7 @@ def draw_sweep(
     words: Sequence[str],
     places: Sequence[float] | None,
 ) -> None:
-    """Write a PNG with three panels over the values: hits, AMS per band, and the share of distinct images.
+    """Write a PNG with three panels over the values: hits, AMS and UMS per band, and the share of distinct images.
 
     Args:
         records: Pooled ones of the sweep.
@@ -69,7 +69,8 @@ def draw_sweep(
     for color, band in zip(COLORS, bands, strict=False):
         _draw(middle, records, each, AMS + band, shown, at, f"AMS {band}", color, "-")
         _draw(middle, records, {}, AMS + band, UNGUIDED, at, None, color, "--")
-    middle.set_title(f"AMS per band: {WORDS.get(shown, shown)} (dashed: unguided)", fontsize=10)
+        _draw(middle, records, {}, UMS + band, shown, at, f"UMS {band}", color, ":")
+    middle.set_title(f"bands: {WORDS.get(shown, shown)} (dashed: unguided)", fontsize=10)
     for axes in (left, middle, right):
         axes.spines[["top", "right"]].set_visible(False)
         axes.set(xlabel=parameter, ylabel="fraction of samples")
@@ -137,8 +138,10 @@ def sweep_table(records: Sequence[Record], parameter: str, words: Sequence[str])
 
 
 def _claim(record: Record, words: Sequence[str]) -> str:
-    """One line on a shape; empty for other records."""
+    """One line on a shape of hits or distinct images; empty for other records."""
     about = record.definition
+    if about.get("of") not in ("hits", "unique_share") or about["surrogate"] == UNGUIDED:
+        return ""
     what = f"{WORDS.get(about.get('surrogate', ''), '')}: {str(about.get('of', '')).replace('_', ' ')}"
     if record.name == "sweep/ends":
         return f"* {what} at {words[-1]} {in_words(record)} above {words[0]} ({about['seeds']} seeds)"

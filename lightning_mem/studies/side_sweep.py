@@ -16,8 +16,8 @@ from lightning_mem.studies.side_picture import UNGUIDED, arms_of, draw_sweep, sw
 PREFIX = "attack/side/"
 SHARES = (f"{PREFIX}hits", f"{PREFIX}ams/")
 """Beginnings of the names that are shares of independent samples; the others have an interval over seeds only."""
-SHAPED = (f"{PREFIX}hits", f"{PREFIX}unique_share")
-"""What :meth:`SideSweep.report` compares with the unguided arm, and whose ends and peak it looks at."""
+SHAPED = (*SHARES, f"{PREFIX}ums/", f"{PREFIX}unique_share")
+"""Beginnings of what is compared with the unguided arm, and whose ends and peak are looked at; controls are not."""
 OF_ONE_RUN = ("bank_size", "interval", "n", "target", "digest", "seed")
 """Words in keys of a definition that speak of one seed's run."""
 
@@ -214,7 +214,7 @@ class SideSweep(AbstractStudy):
     def _gains(self, runs: Sequence[Run], word: str, arm: str) -> list[Record]:
         """Difference to the unguided arm of the same seed: same target, same starting noise."""
         found = []
-        for name in SHAPED if arm != UNGUIDED else ():
+        for name in _shaped(runs) if arm != UNGUIDED else ():
             pairs = [(of_arm(run.records, name, arm), of_arm(run.records, name, UNGUIDED)) for run in runs]
             both = [(a, b) for a, b in pairs if a is not None and b is not None and None not in (a.value, b.value)]
             gains = [(a.value or 0.0) - (b.value or 0.0) for a, b in both]
@@ -226,7 +226,7 @@ class SideSweep(AbstractStudy):
     def _shapes(self, cells: Mapping[str, Sequence[Run]], arm: str) -> list[Record]:
         """Ends and peak of each measure over the values, from the seeds that have all of them."""
         words, found = list(cells), []
-        for name in SHAPED:
+        for name in _shaped([run for runs in cells.values() for run in runs]):
             curves: dict[int, list[float]] = {}
             like: list[Record] = []
             for seed in self.seeds:
@@ -260,6 +260,11 @@ class SideSweep(AbstractStudy):
         low, high = seeds_interval(values) if len(values) > 1 else (None, None)
         about = {**about, "interval": "t over paired seeds 95%"}
         return replace(_pooled(of, sum(values) / len(values), low, high, len(values), about), name=name)
+
+
+def _shaped(runs: Sequence[Run]) -> list[str]:
+    names = dict.fromkeys(record.name for run in runs for record in run.records)
+    return [name for name in names if name.startswith(SHAPED) and "heldout" not in name]
 
 
 def peak_over_ends(values: Sequence[float], others: Sequence[Sequence[float]]) -> float:

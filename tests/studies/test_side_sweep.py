@@ -44,6 +44,7 @@ def planted(values: dict[str, float], n: int = N) -> list[Record]:
         found.append(Record("attack/side/hits", hits, n, 12, low, high, "ema", definition=about))
         found.append(Record("attack/side/hits_heldout", 0.0, n, 12, 0.0, 0.01, "ema", definition=about))
         found.append(Record("attack/side/ams/high", hits / 2, n, 12, weights="ema", definition=about))
+        found.append(Record("attack/side/ums/high", hits / 4, n, 12, weights="ema", definition=about))
         found.append(Record("attack/side/unique_share", hits / 2, n, 12, weights="ema", definition=about))
     return found
 
@@ -319,6 +320,8 @@ def test_ends_and_peak_are_paired_and_the_peaks_place_is_not_the_seeds_own(repor
     assert (peak.value, peak.low, peak.high) == pytest.approx((sum(each) / 3, *theirs))
     (flat,) = named(reported[0], "sweep/peak", of="hits", surrogate="none")
     assert flat.value == 0.0
+    bands = {r.definition["of"]: r.value for r in named(reported[0], "sweep/ends", surrogate="closed_form")}
+    assert bands == pytest.approx({"hits": -0.08, "ams/high": -0.04, "unique_share": -0.04, "ums/high": -0.02})
 
 
 def test_a_peak_where_others_have_theirs_is_no_gain_by_choice() -> None:
