@@ -34,7 +34,7 @@ class ClassifierConfig:
         norm: ``batch`` as in the paper, its statistics over the *global* batch of all processes; ``group`` for batches
             too small for statistics.
         norm_num_groups: Of ``group`` only: groups of the group norms; divides every width.
-        time_channels: Width of the sinusoidal embedding of t; a multiple of 8.
+        time_channels: Width of the sinusoidal embedding of t; even, at least 4.
         dropout: In [0, 1), before the last layer.
         extra: Any other argument of timm's ResNet, e.g. ``pretrained: true``.
     """
@@ -59,12 +59,16 @@ class ClassifierConfig:
                 "widths and blocks need one positive entry for each of 1 to 4 levels, "
                 f"got {list(self.widths)} and {list(self.blocks)}"
             )
+        if sum(self.blocks) < 2:
+            raise ValueError(
+                f"blocks must come to at least 2 (timm spreads them over a depth), got {list(self.blocks)}"
+            )
         if self.widths[0] % 2:
             raise ValueError(f"the first of widths must be even, got {self.widths[0]}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must lie in [0, 1), got {self.dropout}")
-        if self.time_channels < 8 or self.time_channels % 8:
-            raise ValueError(f"time_channels must be a positive multiple of 8, got {self.time_channels}")
+        if self.time_channels < 4 or self.time_channels % 2:
+            raise ValueError(f"time_channels must be even and at least 4, got {self.time_channels}")
 
     def resolved(self, image_size: int) -> "ClassifierConfig":
         """Itself with the nulls replaced by what they mean at this image size."""
@@ -103,7 +107,7 @@ class TimeModulation(nn.Module):
     def __init__(self, channels: int, time_channels: int) -> None:
         super().__init__()
         self.time_channels = time_channels
-        self.norm = nn.GroupNorm(8, time_channels)
+        self.norm = nn.GroupNorm(1, time_channels)  # more groups would divide coarse time, the slow waves, away
         self.act = nn.SiLU()
         self.linear = nn.Linear(time_channels, 2 * channels)
         nn.init.zeros_(self.linear.weight)
