@@ -26,7 +26,7 @@ LOOKING_ON = {"Gallery", "ModelCheckpoint", "RichProgressBar", "TQDMProgressBar"
 """Callbacks that change neither training nor what is measured."""
 
 
-PARENTS = {"target", "surrogate"}
+PARENTS = {"target", "surrogate", "time_independent"}
 """Keys whose value is the folder of a run that this one builds on: it counts by what made it, not by its place."""
 
 OF_THE_PROCESS = {"ckpt_path", "config", "out", "trainer", "weights_only"}

@@ -18,13 +18,15 @@ SHARES = (f"{PREFIX}hits", f"{PREFIX}ams/")
 """Beginnings of the names that are shares of independent samples; the others have an interval over seeds only."""
 SHAPED = (*SHARES, f"{PREFIX}ums/", f"{PREFIX}unique_share")
 """Beginnings of what is compared with the unguided arm, and whose ends and peak are looked at; controls are not."""
-OF_ONE_RUN = ("bank_size", "interval", "n", "target", "digest", "seed")
-"""Words in keys of a definition that speak of one seed's run."""
+OF_ONE_RUN = ("bank_size", "interval_method", "sample_seed", "target")
+"""Keys of a definition that speak of one seed's run; so do all digests."""
 
-Value = int | float | str | list[int] | None
-"""Of a swept setting; a list is an interval of timesteps, null switches the setting off."""
+Value = int | float | str | list[int] | dict[str, int | float | str | bool | None] | None
+"""Of a swept setting: a list is an interval of timesteps, a mapping sets several keys, null switches it off."""
 
 Part = Literal["target", "surrogate", "attack"]
+
+BASELINE = "time_independent"
 
 
 class SideSweep(AbstractStudy):
@@ -43,8 +45,9 @@ class SideSweep(AbstractStudy):
         parameter: The setting in words, for picture and records.
         values: In the order of the picture.
         sets: Dotted settings that take the value, by part: ``target``, ``surrogate`` or ``attack``.
-        surrogate: Files of ``fit`` that train the surrogate. Null: none is trained, the attack has closed-form arms
-            only, and a value costs its attack alone.
+        surrogate: Files of ``fit`` that train the surrogate; the attack takes its pseudo-labels. Null: none is trained,
+            the attack makes its own pseudo-labels and has closed-form arms only, and a value costs its attack alone.
+        time_independent: Train the baseline too, from the same files with ``model.init_args.time_dependent`` false.
         num_members: Images of the target; null leaves it to ``config``.
         seeds: Each decides one target, its surrogates and the attacks on it; at least 3 for intervals.
         overrides: Further settings of ``fit`` for the target.
@@ -54,7 +57,7 @@ class SideSweep(AbstractStudy):
 
     Raises:
         ValueError: If values or seeds are missing or repeat, no setting or one of an untrained surrogate takes the
-            value, or a file does not exist.
+            value, the baseline is asked for without files of a surrogate, or a file does not exist.
 
     Source:
         SIDE, arXiv:2410.02467 v7, figures 6 to 10 (its sweeps have one seed and no control).
@@ -68,6 +71,7 @@ class SideSweep(AbstractStudy):
         values: list[Value],
         sets: dict[Part, list[str]],
         surrogate: list[str] | None = None,
+        time_independent: bool = False,
         num_members: int | None = None,
         seeds: list[int] | None = None,
         overrides: Settings | None = None,
@@ -78,6 +82,7 @@ class SideSweep(AbstractStudy):
         super().__init__(config, overrides)
         self.seeds = [0, 1, 2] if seeds is None else seeds
         self.recipes = {"target": config, "surrogate": surrogate or [], "attack": attack}
+        self.recipes[BASELINE] = self.recipes["surrogate"]
         missing = [file for files in self.recipes.values() for file in files if not Path(file).is_file()]
         if missing or not attack:
             raise ValueError(f"attack must name at least one file, and all must exist; missing: {missing}")
@@ -85,15 +90,15 @@ class SideSweep(AbstractStudy):
         for what, given in (("values", names), ("seeds", self.seeds)):
             if not given or len(set(given)) != len(given):
                 raise ValueError(f"{what} must hold at least one and none twice, got {given}")
-        if not any(sets.values()) or ("surrogate" in sets and not surrogate):
+        if not any(sets.values()) or (("surrogate" in sets or time_independent) and not surrogate):
             raise ValueError(
-                f"sets must name a setting that takes the value, and of the surrogate only where its files are given, "
-                f"got {sets}"
+                "sets must name a setting that takes the value; one of the surrogate, and time_independent, need its "
+                f"files, got sets {sets} and surrogate {surrogate}"
             )
         if logarithmic and not all(isinstance(value, int | float) and value > 0 for value in values):
             raise ValueError(f"a logarithmic axis needs positive numbers, got {values}")
         self.parameter, self.values, self.logarithmic = parameter, dict(zip(names, values, strict=True)), logarithmic
-        self.sets, self.num_members = sets, num_members
+        self.sets, self.num_members, self.time_independent = sets, num_members, time_independent
         further = {"surrogate": surrogate_overrides, "attack": attack_overrides}
         self.further = {part: {} if given is None else given.values for part, given in further.items()}
 
@@ -112,11 +117,13 @@ class SideSweep(AbstractStudy):
                 chain = [target]
                 if self.recipes["surrogate"]:
                     chain.append(self._row("surrogate", word, seed, (target.name,)))
+                if self.time_independent:
+                    chain.append(self._row("surrogate", word, seed, (target.name,), BASELINE))
                 chain.append(self._row("attack", word, seed, tuple(row.name for row in chain)))
                 rows |= {row.name: row for row in chain}
         return list(rows.values())
 
-    def _row(self, kind: Part, word: str, seed: int, needs: tuple[str, ...] = ()) -> Row:
+    def _row(self, kind: Part, word: str, seed: int, needs: tuple[str, ...] = (), name: str = "") -> Row:
         """A row; two values share it where no setting of its part, or of one it builds on, takes the value."""
         chain: list[Part] = ["target", "surrogate", "attack"]
         depends = any(self.sets.get(part) for part in chain[: chain.index(kind) + 1])
@@ -125,14 +132,17 @@ class SideSweep(AbstractStudy):
             own = merge(own, _nested(key, self.values[word]))
         if kind == "target":
             own = merge(self.overrides, own)
+        if name == BASELINE:
+            own = merge(own, {"model": {"init_args": {"time_dependent": False}}})
+        name = name or kind
         return Row(
-            f"{kind}_{word}_seed{seed}" if depends else f"{kind}_seed{seed}",
+            f"{name}_{word}_seed{seed}" if depends else f"{name}_seed{seed}",
             seed=seed,
             num_members=self.num_members if kind == "target" else None,
             overrides=merge(self.further.get(kind, {}), own),
             verb="attack" if kind == "attack" else "fit",
             needs=needs,
-            kind=kind,
+            kind=name,
         )
 
     def settings(self, row: Row, folder: str | Path, needed: Mapping[str, Path]) -> dict[str, Any]:
@@ -140,15 +150,15 @@ class SideSweep(AbstractStudy):
         quiet = {"trainer": {"enable_progress_bar": False, "enable_model_summary": False}}
         places = [str(needed[name]) for name in row.needs]
         parents: dict[str, Any] = {}
-        if row.kind == "surrogate":
+        if row.kind in ("surrogate", BASELINE):
             parents = {
                 "model": {"init_args": {"target": places[0]}},
                 "data": {"source": {"init_args": {"target": places[0], "seed": row.seed}}},
             }
         elif row.kind == "attack":
-            parents = {"trainer": {"default_root_dir": places[0]}}
-            if len(places) > 1:
-                parents["attack"] = {"init_args": {"surrogate": places[1]}}
+            classifiers = dict(zip(("surrogate", BASELINE), places[1:], strict=False))
+            own: dict[str, Any] = {**classifiers} or {"pseudo_labels": {"init_args": {"seed": row.seed}}}
+            parents = {"trainer": {"default_root_dir": places[0]}, "attack": {"init_args": own}}
         return merge(merge(quiet, row.settings(folder)), parents)
 
     # --- pooling -------------------------------------------------------------------------------------------------
@@ -293,7 +303,7 @@ def of_arm(records: Sequence[Record], name: str, arm: str) -> Record | None:
 def _mean(name: str, values: Sequence[float], own: Sequence[Record]) -> tuple[float, float | None, float | None]:
     """Mean over seeds with its interval."""
     if name.startswith(SHARES):
-        return pooled_share(values, own[0].n)
+        return pooled_share(values, min(record.n for record in own))  # an arm of selection has what was selected
     mean = sum(values) / len(values)
     return (mean, *seeds_interval(values)) if len(values) > 1 else (mean, own[0].low, own[0].high)
 
@@ -306,7 +316,7 @@ def _pooled(
     kept = {
         key: value
         for key, value in first.items()
-        if all(record.definition.get(key) == value for record in of) and not any(part in key for part in OF_ONE_RUN)
+        if all(record.definition.get(key) == value for record in of) and key not in OF_ONE_RUN and "digest" not in key
     }
     interval = {} if "interval" in about else {"interval": "t over seeds, with wilson over samples for shares, 95%"}
     return replace(
@@ -316,9 +326,17 @@ def _pooled(
 
 
 def _word(value: Value) -> str:
-    """A value as it stands in names, records and pictures."""
-    word = "-".join(map(str, value)) if isinstance(value, list) else "none" if value is None else f"{value}"
-    return re.sub(r"[^\w.-]+", "-", word)
+    """A value as it stands in names, records and pictures.
+
+    A mapping is told by its values, and by the keys of those that are true; a path by its last part.
+    """
+    if isinstance(value, dict):
+        parts = [key if own is True else _word(own) for key, own in value.items() if own is not False]
+    elif isinstance(value, list):
+        parts = [str(number) for number in value]
+    else:
+        parts = ["none" if value is None else str(value).rpartition("/")[2]]
+    return re.sub(r"[^\w.-]+", "-", "-".join(parts))
 
 
 def _nested(key: str, value: Value) -> dict[str, Any]:

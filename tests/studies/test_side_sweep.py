@@ -132,6 +132,8 @@ def test_what_does_not_depend_on_the_value_is_run_once_a_seed() -> None:
     assert names(sweep(**CLUSTERS)) == [
         "target_seed0", "surrogate_5_seed0", "attack_5_seed0", "surrogate_10_seed0", "attack_10_seed0"
     ]  # fmt: skip
+    both = ["target_seed0", "surrogate_seed0", "time_independent_seed0", "attack_1.0_seed0"]
+    assert names(sweep(values=[1.0], time_independent=True)) == both
     larger = {"sets": {"target": ["trainer.max_steps"]}, "values": [6, 12]}
     assert names(sweep(**larger, surrogate=None)) == [
         "target_6_seed0", "attack_6_seed0", "target_12_seed0", "attack_12_seed0"
@@ -139,9 +141,11 @@ def test_what_does_not_depend_on_the_value_is_run_once_a_seed() -> None:
 
 
 def test_a_value_stands_in_names_as_a_folder_can() -> None:
-    values = [[400, 1000], None, "timm/resnet18"]
-    words = ["400-1000", "none", "timm-resnet18"]
-    assert names(sweep(values=values, surrogate=None))[1:] == [f"attack_{word}_seed0" for word in words]
+    values = [[400, 1000], None, "timm/resnet18", {"extractor": "pixels", "centered": True, "weights": "a/b.pth"}]
+    words = ["400-1000", "none", "resnet18", "pixels-centered-b.pth"]
+    study = sweep(values=values, surrogate=None, sets={"attack": ["attack.init_args.labels"]})
+    assert names(study)[1:] == [f"attack_{word}_seed0" for word in words]
+    assert study.rows()[-1].overrides == {"attack": {"init_args": {"labels": values[-1]}}}
 
 
 def test_each_row_gets_its_value_and_the_folders_it_builds_on() -> None:
@@ -157,6 +161,15 @@ def test_each_row_gets_its_value_and_the_folders_it_builds_on() -> None:
     )
     assert attack["attack"]["init_args"] == {"labels": {"num_clusters": 5}, "surrogate": "other/u"}
     assert (attack["out"], attack["trainer"]["default_root_dir"]) == ("s/attack_5_seed0", "t")
+    study = sweep(surrogate=None, seeds=[3])
+    alone = study.settings(study.rows()[1], "s", {"target_seed3": Path("t")})
+    assert alone["attack"]["init_args"] == {"guidance_scale": 0.5, "pseudo_labels": {"init_args": {"seed": 3}}}
+    study = sweep(time_independent=True)
+    baseline, attack = study.rows()[2:4]
+    places = {name: Path(name) for name in attack.needs}
+    assert study.settings(baseline, "s", places)["model"]["init_args"]["time_dependent"] is False
+    given = study.settings(attack, "s", places)["attack"]["init_args"]
+    assert (given["surrogate"], given["time_independent"]) == ("surrogate_seed0", "time_independent_seed0")
 
 
 # --- running -----------------------------------------------------------------------------------------------------
@@ -365,7 +378,11 @@ def test_one_seed_and_some_of_the_values_are_reported_too(tmp_path: Path) -> Non
         ({"values": []}, "values must hold at least one"),
         ({"seeds": []}, "seeds must hold at least one"),
         ({"sets": {}}, "sets must name a setting that takes the value"),
-        ({"sets": {"surrogate": ["x"]}, "surrogate": None}, "of the surrogate only where its files are given"),
+        (
+            {"sets": {"surrogate": ["x"]}, "surrogate": None},
+            "sets must name .* one of the surrogate, and time_independent, need its files",
+        ),
+        ({"time_independent": True, "surrogate": None}, "need its files, got sets .* and surrogate None"),
         ({"logarithmic": True, "values": [0.0, 1.0]}, r"a logarithmic axis needs positive numbers, got \[0.0, 1.0\]"),
     ],
 )
