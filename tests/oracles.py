@@ -1,6 +1,7 @@
 """Exact things to compare with: densities whose denoisers have a closed form, and slow references in float64."""
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -71,6 +72,28 @@ class MixtureDenoiser:
         return Target(denoiser=self, process=self.process, shape=tuple(self.means.shape[1:]))
 
 
+class MixtureClassifier:
+    """The exact classifier of a noised mixture: p(c | x_t) by Bayes' rule, c the class of the component.
+
+    Args:
+        mixture: The law of the data.
+        classes: int64 [K], the class of each component; every class from 0 on occurs.
+        shift: Added to the timestep that is looked up, within [0, T): a classifier with a wrong time index.
+    """
+
+    def __init__(self, mixture: MixtureDenoiser, classes: Tensor, shift: int = 0) -> None:
+        self.mixture, self.classes, self.shift = mixture, classes, shift
+        self.num_classes = int(classes.max()) + 1
+        self.process = mixture.process
+
+    def __call__(self, x_t: Tensor, t: Tensor) -> Tensor:
+        """log p_t(x_t, c), float64 [B, num_classes]."""
+        t = (t + self.shift).clamp(0, self.process.num_timesteps - 1)
+        log_density = self.mixture._components(x_t, t)[3]
+        own = [log_density[:, self.classes == c].logsumexp(1) for c in range(self.num_classes)]
+        return torch.stack(own, 1)
+
+
 def gaussian_denoiser(mean: Tensor, scale: float, process: DiffusionProcess, **options: Prediction) -> MixtureDenoiser:
     """The exact denoiser of N(mean, scale**2), ``mean`` [C, H, W]."""
     return MixtureDenoiser(mean[None], torch.tensor([scale], dtype=torch.float64), process, **options)
@@ -110,3 +133,33 @@ def dense_posterior_mean(
         weight = np.exp(squared.min() - squared)
         means.append(weight @ own / weight.sum())
     return np.stack(means).reshape(x_t.shape)
+
+
+def dense_class_log_probability(
+    images: np.ndarray, labels: np.ndarray, x_t: np.ndarray, alpha_bar: np.ndarray
+) -> np.ndarray:
+    """log p(c | x_t) on a finite labelled set by the definition, one row and class after another, in float64.
+
+    Args:
+        images: [N, ...] in [-1, 1].
+        labels: [N] in [0, K).
+        x_t: [B, ...].
+        alpha_bar: [B].
+    """
+    bank = images.reshape(len(images), -1).astype(np.float64)
+    rows = []
+    for x, signal in zip(x_t.reshape(len(x_t), -1).astype(np.float64), alpha_bar, strict=True):
+        logits = -((x - math.sqrt(signal) * bank) ** 2).sum(1) / (2 * (1 - signal))
+        classes = [np.logaddexp.reduce(logits[labels == c]) for c in range(labels.max() + 1)]
+        rows.append(np.array(classes) - np.logaddexp.reduce(logits))
+    return np.stack(rows)
+
+
+def finite_differences(f: Callable[[np.ndarray], float], x: np.ndarray, h: float) -> np.ndarray:
+    """The gradient of f at x by central differences of step h, entry by entry."""
+    gradient = np.zeros_like(x)
+    for place in np.ndindex(*x.shape):
+        step = np.zeros_like(x)
+        step[place] = h
+        gradient[place] = (f(x + step) - f(x - step)) / (2 * h)
+    return gradient

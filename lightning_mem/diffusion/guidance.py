@@ -76,10 +76,11 @@ def classifier_gradient(classifier: Classifier, x_t: Tensor, t: Tensor, labels: 
                 raise ValueError(
                     f"the classifier must return logits [{len(x)}, {classifier.num_classes}], got {list(logits.shape)}"
                 )
-            if not logits.requires_grad:
-                raise ValueError("the classifier's logits carry no gradient: remove no_grad or detach from its call")
             log_p = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(1)
-            (gradient,) = torch.autograd.grad(log_p.gather(1, labels.clone()[:, None]).sum(), x)
+            own = log_p.gather(1, labels.clone()[:, None]).sum()
+            gradient = torch.autograd.grad(own, x, allow_unused=True)[0] if own.requires_grad else None
+    if gradient is None:
+        raise ValueError("the classifier's logits carry no gradient to x_t: remove no_grad or detach from its call")
     return gradient
 
 

@@ -1,12 +1,20 @@
 import math
+import re
 
 import numpy as np
 import pytest
 import torch
-from oracles import dense_posterior_mean
+from oracles import dense_class_log_probability, dense_posterior_mean, finite_differences
 
 from lightning_mem.data import DigitsSource
-from lightning_mem.diffusion import DiffusionProcess, EmpiricalDenoiser, sample
+from lightning_mem.diffusion import (
+    DiffusionProcess,
+    EmpiricalClassifier,
+    EmpiricalDenoiser,
+    classifier_gradient,
+    sample,
+)
+from lightning_mem.diffusion import posterior as posteriors
 from lightning_mem.metrics import duplicate_groups, memorization_ratio, nearest_neighbors
 from lightning_mem.types import to_float
 
@@ -201,9 +209,9 @@ def test_targets_that_sample_differently_have_different_digests(digits):
 
 
 def test_memory_follows_the_chunk():
-    # 20,000 images of 3 x 32 x 32 are 490 MB in float64; a chunk of 512 rows is 13 MB
-    bank = torch.zeros(20_000, 3, 32, 32, dtype=torch.uint8)
-    bank[:, :, 0, 0] = torch.randint(0, 256, (20_000, 3), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    # 12,000 images of 3 x 32 x 32 are 295 MB in float64, too much to be kept; a chunk of 512 rows is 13 MB
+    bank = torch.zeros(12_000, 3, 32, 32, dtype=torch.uint8)
+    bank[:, :, 0, 0] = torch.randint(0, 256, (12_000, 3), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
     denoiser = EmpiricalDenoiser(bank, DiffusionProcess(), chunk=512)
     assert denoiser.images.data_ptr() == bank.data_ptr()
     largest = 0
@@ -219,3 +227,96 @@ def test_memory_follows_the_chunk():
     mean = denoiser.posterior_mean(torch.zeros(1, 3, 32, 32), torch.tensor([999]))
     assert largest <= 512 * (math.prod(bank.shape[1:]) + 1) * 8
     assert torch.isfinite(mean).all()
+
+
+def noised(images, t, process, seed=0):
+    x0 = to_float(images).double()
+    eps = torch.randn(x0.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return process.add_noise(x0, eps, t)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 50, 4096])
+@pytest.mark.parametrize("kept", [True, False])
+def test_the_classifier_is_bayes_rule_on_the_noised_set(digits, true_labels, chunk, kept, monkeypatch):
+    if not kept:  # as for a set too large to be held
+        monkeypatch.setattr(posteriors, "KEPT_BYTES", 0)
+    process = DiffusionProcess("linear")
+    classifier = EmpiricalClassifier(digits[:50], true_labels[:50], process, chunk=chunk)
+    t = torch.tensor([0, 10, 100, 200, 400, 700, 999])
+    x_t = noised(digits[50:57], t, process)
+    found = classifier(x_t, t).log_softmax(1)
+    signal = process.alpha_bar[t].numpy()
+    dense = dense_class_log_probability(
+        to_float(digits[:50]).double().numpy(), true_labels[:50].numpy(), x_t.numpy(), signal
+    )
+    # the logits themselves reach 64 / (2e-4) at t = 0
+    np.testing.assert_allclose(found.numpy(), dense, rtol=1e-12, atol=1e-8)
+    assert dense[0].min() < -1e4  # far below what exp can hold
+    assert dense[-1].min() > -3
+    # the closed form of the gradient, from E[x0 | x_t] by the definition
+    wanted = torch.tensor([3, 1, 4, 1, 5, 9, 2])
+    gradient = classifier_gradient(classifier, x_t, t, wanted)
+    bank, labels = to_float(digits[:50]).numpy(), true_labels[:50].numpy()
+    own = dense_posterior_mean(bank, x_t.numpy(), signal, labels, wanted.numpy())
+    every = dense_posterior_mean(bank, x_t.numpy(), signal)
+    factor = (np.sqrt(signal) / (1 - signal)).reshape(-1, 1, 1, 1)
+    np.testing.assert_allclose(gradient.numpy(), factor * (own - every), rtol=1e-9, atol=1e-6)
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_the_classifiers_gradient_is_the_slope_of_bayes_rule(digits, true_labels, kept, monkeypatch):
+    if not kept:
+        monkeypatch.setattr(posteriors, "KEPT_BYTES", 0)
+    process = DiffusionProcess("linear")
+    classifier = EmpiricalClassifier(digits[:30], true_labels[:30], process, chunk=4)
+    bank, labels = to_float(digits[:30]).double().numpy(), true_labels[:30].numpy()
+    t, wanted = torch.tensor([150, 400, 800]), torch.tensor([3, 7, 0])
+    x_t = noised(digits[30:33], t, process)
+    gradient = classifier_gradient(classifier, x_t, t, wanted).numpy()
+    for row in range(3):
+        signal = process.alpha_bar[t[row : row + 1]].numpy()
+
+        def log_p(x, row=row, signal=signal):
+            return dense_class_log_probability(bank, labels, x[None], signal)[0, wanted[row]]
+
+        slopes = finite_differences(log_p, x_t[row].numpy(), 1e-5)
+        # central differences: h**2 of curvature, and 1e-16 / h of rounding times logits of 1e2
+        np.testing.assert_allclose(gradient[row], slopes, rtol=1e-5, atol=1e-7)
+        assert np.abs(slopes).max() > 1e-3
+
+
+def test_the_classifier_of_noise_knows_only_how_large_its_classes_are(digits):
+    labels = torch.tensor([0] * 30 + [1] * 10)
+    classifier = EmpiricalClassifier(digits[:40], labels, DiffusionProcess("cosine", prediction="v"))
+    assert classifier.num_classes == 2
+    x_t = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    p = classifier(x_t, torch.full((4,), 999)).softmax(1)
+    torch.testing.assert_close(p, torch.tensor([[0.75, 0.25]], dtype=torch.float64).expand(4, 2), rtol=0, atol=0.01)
+
+
+def test_classifiers_that_answer_differently_have_different_digests(digits):
+    labels = torch.arange(8) % 2
+    base = EmpiricalClassifier(digits[:8], labels, DiffusionProcess()).digest
+    assert EmpiricalClassifier(digits[:8], labels, DiffusionProcess(prediction="v")).digest == base  # no matter here
+    others = [
+        EmpiricalClassifier(digits[1:9], labels, DiffusionProcess()),
+        EmpiricalClassifier(digits[:8], 1 - labels, DiffusionProcess()),
+        EmpiricalClassifier(digits[:8], labels, DiffusionProcess("linear")),
+    ]
+    assert len({other.digest for other in others} | {base}) == 4
+
+
+@pytest.mark.parametrize(
+    ("labels", "num_classes", "message"),
+    [
+        (torch.tensor([0, 1, 2]), None, r"one per image (4), got torch.int64 (3,)"),
+        (torch.tensor([0.0, 1.0, 1.0, 0.0]), None, "integers, one per image (4), got torch.float32"),
+        (torch.tensor([0, 1, 3, 3]), None, "classes [2] of 4 have no image"),
+        (torch.tensor([0, 1, 1, 0]), 4, "classes [2, 3] of 4 have no image"),
+        (torch.tensor([0, 1, 2, 3]), 3, "[0, 3), got 0 to 3"),
+        (torch.tensor([0, 1, -1, 1]), None, "[0, 2), got -1 to 1"),
+    ],
+)
+def test_labels_that_make_no_classifier_are_refused(digits, labels, num_classes, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        EmpiricalClassifier(digits[:4], labels, DiffusionProcess(), num_classes)
