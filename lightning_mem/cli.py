@@ -69,8 +69,12 @@ class SaveRunConfig(SaveConfigCallback):
             logger.log_hyperparams(config)
 
 
-def _conditioning(labels: LabelRule, num_classes: int | None, num_members: int | None, source: Any) -> int | None:
-    """Labels that the data rule leads to, as far as the configuration says."""
+def _conditioning(
+    labels: LabelRule, num_classes: int | None, num_members: int | None, source: Any, model: str
+) -> int | None:
+    """Labels that the data rule leads to, as far as the configuration says; a classifier asks its data later."""
+    if model.endswith("SurrogateModule"):
+        return None
     if labels == "true" and num_classes is None:
         path = getattr(source, "class_path", None) or (source or {}).get("class_path", "DigitsSource")
         known = {"DigitsSource": 10, "CIFAR10Source": 10, "CelebASource": 2}.get(str(path).rsplit(".", 1)[-1])
@@ -90,6 +94,7 @@ class MemorizationCLI(LightningCLI):
             **LightningCLI.subcommands(),
             "predict": {"model", "datamodule"},
             "sample": {"model", "datamodule"},
+            "attack": {"model", "datamodule"},
         }
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -97,7 +102,7 @@ class MemorizationCLI(LightningCLI):
         parser.link_arguments("data.image_size", "model.init_args.image_size")
         parser.link_arguments("data.channels", "model.init_args.channels")
         parser.link_arguments(
-            ("data.labels", "data.num_classes", "data.num_members", "data.source"),
+            ("data.labels", "data.num_classes", "data.num_members", "data.source", "model.class_path"),
             "model.init_args.num_classes",
             compute_fn=_conditioning,
         )
