@@ -31,6 +31,12 @@ def arms_of(records: Sequence[Record]) -> list[str]:
     return [arm for arm in WORDS if arm in found] + [arm for arm in found if arm not in WORDS]
 
 
+def bands_of(records: Sequence[Record]) -> list[str]:
+    """Bands that records name, in their order."""
+    names = [record.name.removeprefix(AMS) for record in records if record.name.startswith(AMS)]
+    return list(dict.fromkeys(name for name in names if not name.endswith("_heldout")))
+
+
 def draw_sweep(
     records: Sequence[Record],
     each: Each,
@@ -65,12 +71,13 @@ def draw_sweep(
         left.plot([], [], ":", color="#000000", label="held-out control, every arm")
     guided = [arm for arm in arms if arm != UNGUIDED]
     shown = guided[0] if guided else UNGUIDED
-    bands = list(dict.fromkeys(r.name.removeprefix(AMS) for r in records if r.name.startswith(AMS)))
+    bands = bands_of(records)
     for color, band in zip(COLORS, bands, strict=False):
         _draw(middle, records, each, AMS + band, shown, at, f"AMS {band}", color, "-")
         _draw(middle, records, {}, AMS + band, UNGUIDED, at, None, color, "--")
         _draw(middle, records, {}, UMS + band, shown, at, f"UMS {band}", color, ":")
-    middle.set_title(f"bands: {WORDS.get(shown, shown)} (dashed: unguided)", fontsize=10)
+        _draw(middle, records, {}, f"{AMS}{band}_heldout", shown, at, None, color, "x")
+    middle.set_title(f"bands: {WORDS.get(shown, shown)} (dashed: unguided; x: AMS of held-out images)", fontsize=10)
     for axes in (left, middle, right):
         axes.spines[["top", "right"]].set_visible(False)
         axes.set(xlabel=parameter, ylabel="fraction of samples")
@@ -101,7 +108,10 @@ def _draw(
     if not rows:
         return False
     x = [at[row.definition["value"]] for row in rows]
-    axes.plot(x, [row.value or 0.0 for row in rows], style, color=color, marker="o", ms=4 if each else 2, label=label)
+    marker = "" if style == "x" else "o"
+    axes.plot(
+        x, [row.value or 0.0 for row in rows], marker + style, color=color, ms=4 if each else 3, label=label
+    )  # fmt: skip
     if each and all(row.low is not None for row in rows):
         axes.fill_between(
             x, [row.low or 0.0 for row in rows], [row.high or 0.0 for row in rows], color=color, alpha=0.12, lw=0
@@ -114,7 +124,7 @@ def _draw(
 
 def sweep_table(records: Sequence[Record], parameter: str, words: Sequence[str]) -> str:
     """The sweep in Markdown: one line per value and arm, then the shapes."""
-    bands = list(dict.fromkeys(r.name.removeprefix(AMS) for r in records if r.name.startswith(AMS)))
+    bands = bands_of(records)
     heads = [parameter, "arm", "seeds", "hits", "above unguided", "held-out control", "distinct images"]
     heads += [f"AMS {band}" for band in bands] + [f"UMS {band}" for band in bands]
     lines = ["| " + " | ".join(heads) + " |", "|" + " --- |" * len(heads)]

@@ -14,10 +14,8 @@ from lightning_mem.studies.pooling import pooled_share, seeds_interval
 from lightning_mem.studies.side_picture import UNGUIDED, arms_of, draw_sweep, sweep_table
 
 PREFIX = "attack/side/"
-SHARES = (f"{PREFIX}hits", f"{PREFIX}ams/")
-"""Beginnings of the names that are shares of independent samples; the others have an interval over seeds only."""
-SHAPED = (*SHARES, f"{PREFIX}ums/", f"{PREFIX}unique_share")
-"""Beginnings of what is compared with the unguided arm, and whose ends and peak are looked at; controls are not."""
+AMS, UMS, HITS, UNIQUE = f"{PREFIX}ams/", f"{PREFIX}ums/", f"{PREFIX}hits", f"{PREFIX}unique_share"
+CONTROL = "_heldout"
 OF_ONE_RUN = ("bank_size", "interval_method", "sample_seed", "target")
 """Keys of a definition that speak of one seed's run; so do all digests."""
 
@@ -42,13 +40,13 @@ class SideSweep(AbstractStudy):
     Args:
         config: Files of ``fit`` that train the target.
         attack: Files of ``attack``; they are laid over the target's own configuration.
+        num_members: Images of the target.
         parameter: The setting in words, for picture and records.
         values: In the order of the picture.
         sets: Dotted settings that take the value, by part: ``target``, ``surrogate`` or ``attack``.
         surrogate: Files of ``fit`` that train the surrogate; the attack takes its pseudo-labels. Null: none is trained,
             the attack makes its own pseudo-labels and has closed-form arms only, and a value costs its attack alone.
         time_independent: Train the baseline too, from the same files with ``model.init_args.time_dependent`` false.
-        num_members: Images of the target; null leaves it to ``config``.
         seeds: Each decides one target, its surrogates and the attacks on it; at least 3 for intervals.
         overrides: Further settings of ``fit`` for the target.
         surrogate_overrides: Of ``fit`` for the surrogate.
@@ -67,12 +65,12 @@ class SideSweep(AbstractStudy):
         self,
         config: list[str],
         attack: list[str],
+        num_members: int,
         parameter: str,
         values: list[Value],
         sets: dict[Part, list[str]],
         surrogate: list[str] | None = None,
         time_independent: bool = False,
-        num_members: int | None = None,
         seeds: list[int] | None = None,
         overrides: Settings | None = None,
         surrogate_overrides: Settings | None = None,
@@ -273,8 +271,11 @@ class SideSweep(AbstractStudy):
 
 
 def _shaped(runs: Sequence[Run]) -> list[str]:
+    """What is compared with the unguided arm, and whose ends and peak are looked at: no control."""
     names = dict.fromkeys(record.name for run in runs for record in run.records)
-    return [name for name in names if name.startswith(SHAPED) and "heldout" not in name]
+    return [
+        name for name in names if name in (HITS, UNIQUE) or (name.startswith((AMS, UMS)) and not name.endswith(CONTROL))
+    ]
 
 
 def peak_over_ends(values: Sequence[float], others: Sequence[Sequence[float]]) -> float:
@@ -302,7 +303,7 @@ def of_arm(records: Sequence[Record], name: str, arm: str) -> Record | None:
 
 def _mean(name: str, values: Sequence[float], own: Sequence[Record]) -> tuple[float, float | None, float | None]:
     """Mean over seeds with its interval."""
-    if name.startswith(SHARES):
+    if name.startswith(AMS) or name in (HITS, HITS + CONTROL):  # shares of independent samples
         return pooled_share(values, min(record.n for record in own))  # an arm of selection has what was selected
     mean = sum(values) / len(values)
     return (mean, *seeds_interval(values)) if len(values) > 1 else (mean, own[0].low, own[0].high)
