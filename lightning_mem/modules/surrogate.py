@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -15,7 +15,7 @@ from torchmetrics.functional.classification import binary_calibration_error
 
 from lightning_mem.data import MemorizationDataModule, classes_of
 from lightning_mem.data.batches import Batch
-from lightning_mem.diffusion import DiffusionProcess
+from lightning_mem.diffusion import DiffusionProcess, EmpiricalClassifier
 from lightning_mem.modules.base import META, AbstractModule
 from lightning_mem.modules.denoiser import load_target, read_checkpoint
 from lightning_mem.networks import ClassifierConfig, TimeClassifier, build_classifier
@@ -24,6 +24,9 @@ from lightning_mem.records import digest
 from lightning_mem.types import Weights
 
 CALIBRATION_BINS = 15
+
+LabelForm = Literal["hard", "posterior"]
+"""What x_t is to be called: the label of the image it came from, or the probability of every label given x_t."""
 
 
 def timestep_bins(low: int, high: int, bins: int) -> list[tuple[int, int]]:
@@ -57,6 +60,10 @@ class SurrogateModule(AbstractModule):
         network: The classifier; null for the default of the image size.
         time_dependent: False trains the standard classifier of the baseline instead, on clean images and without t;
             its bins are measured on noised images all the same.
+        labels_as: ``hard`` asks for the label of x0, as in the paper's text. ``posterior`` asks for p(y | x_t) over the
+            training images and their labels, by Bayes' rule: the same minimum, and the same gradient in expectation,
+            without the noise of one label a draw (its figure 3 draws a soft vector). Costs a pass over the training
+            images a step; needs time_dependent.
         interval: Training timesteps [low, high) t is drawn from; null for all.
         label_smoothing: In [0, 1): share of the label spread over all classes.
         bins: Timestep bins of the validation.
@@ -79,6 +86,7 @@ class SurrogateModule(AbstractModule):
         target_weights: Weights = "ema",
         network: ClassifierConfig | None = None,
         time_dependent: bool = True,
+        labels_as: LabelForm = "hard",
         interval: tuple[int, int] | None = None,
         label_smoothing: float = 0.0,
         bins: int = 5,
@@ -89,6 +97,8 @@ class SurrogateModule(AbstractModule):
         super().__init__(optimizer, lr_scheduler, seed)
         if not 0 <= label_smoothing < 1:
             raise ValueError(f"label_smoothing must lie in [0, 1), got {label_smoothing}")
+        if labels_as == "posterior" and not time_dependent:
+            raise ValueError("labels_as posterior is the posterior at a timestep: use hard with time_dependent false")
         parent = load_target(target, target_weights)
         self.process, self.shape, self.target_digest = parent.process, parent.shape, parent.digest
         steps = self.process.num_timesteps
@@ -101,6 +111,7 @@ class SurrogateModule(AbstractModule):
         self.target_name = target
         self.network = (network or ClassifierConfig()).resolved(self.shape[-1])
         self.time_dependent = time_dependent
+        self.labels_as: LabelForm = labels_as
         self.label_smoothing = label_smoothing
         self.bins = timestep_bins(low, high, bins)
         self.num_classes = 0
@@ -108,6 +119,7 @@ class SurrogateModule(AbstractModule):
         self.classifier: TimeClassifier | None = None
         self.hits: dict[str, tuple[int, int]] = {}
         self._validation: dict[int, list[float]] = {}
+        self._exact: tuple[EmpiricalClassifier, Tensor] | None = None
 
     def configure_model(self) -> None:
         """Build the network for the classes of the data, its weights drawn at an address; done once.
@@ -171,16 +183,42 @@ class SurrogateModule(AbstractModule):
         """Logits float32 [B, num_classes] of x_t [B, C, H, W] at training timesteps t int64 [B]."""
         return self._network()(x_t, t).float()
 
+    def on_fit_start(self) -> None:
+        """Make the posterior ready, if it is asked for; it is not kept after the training."""
+        data = self._datamodule()
+        if self.labels_as == "posterior" and data is not None and data.members.labels is not None:
+            images, owners = data.bank()
+            times = torch.ones(len(data.members), dtype=torch.int64)
+            times[: data.duplicates.count] = data.duplicates.times
+            rows = torch.arange(len(images)).repeat_interleave(times[owners])
+            classes, labels = data.members.labels[owners][rows].unique(return_inverse=True)
+            self._exact = EmpiricalClassifier(images[rows], labels, self.process), classes
+
+    def on_fit_end(self) -> None:
+        """Let go of the training images."""
+        self._exact = None
+
+    def _wanted(self, x_t: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+        """What the loss asks for: labels int64 [B], or probabilities [B, num_classes]."""
+        if self._exact is None:
+            return labels
+        exact, classes = self._exact
+        wanted = torch.zeros(len(x_t), self.num_classes, device=x_t.device)
+        with torch.no_grad():
+            wanted[:, classes.to(x_t.device)] = exact(x_t, t).softmax(1).float()
+        return wanted
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Mean cross-entropy at timesteps and noise addressed by the step."""
-        x0 = batch["image"]
-        rows = len(x0) * self.trainer.world_size
+        x = batch["image"]
+        rows = len(x) * self.trainer.world_size
         draw = self.training_generator()
         t = self.own_rows(torch.randint(*self.interval, (rows,), generator=draw, device=self.device))
         if self.time_dependent:
-            eps = torch.randn((rows, *x0.shape[1:]), generator=draw, device=self.device)
-            x0 = self.process.add_noise(x0, self.own_rows(eps), t)
-        loss = cross_entropy(self(x0, t), batch["label"], label_smoothing=self.label_smoothing)
+            eps = torch.randn((rows, *x.shape[1:]), generator=draw, device=self.device)
+            x = self.process.add_noise(x, self.own_rows(eps), t)
+        wanted = self._wanted(x, t, batch["label"])
+        loss = cross_entropy(self(x, t), wanted, label_smoothing=self.label_smoothing)
         self.watch_loss(loss)
         if self.is_shown:
             self.log("train/loss", loss, prog_bar=True, sync_dist=self.trainer.world_size > 1)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 Norm = Literal["batch", "group"]
 Stem = Literal["large", "small"]
+Activation = Literal["relu", "silu", "gelu"]
 
 SMALL = "small"
 """Name of the backbone that is built from ``widths`` and ``blocks``."""
@@ -34,6 +35,8 @@ class ClassifierConfig:
         norm: ``batch`` as in the paper, its statistics over the *global* batch of all processes; ``group`` for batches
             too small for statistics.
         norm_num_groups: Of ``group`` only: groups of the group norms; divides every width.
+        activation: ``relu`` as in the paper; ``silu`` and ``gelu`` are smooth, and so is the gradient of what they make
+            in x_t, by which guidance goes. null: ``silu`` for ``small``, else ``relu``.
         time_channels: Width of the sinusoidal embedding of t; even, at least 4.
         dropout: In [0, 1), before the last layer.
         extra: Any other argument of timm's ResNet, e.g. ``pretrained: true``.
@@ -45,6 +48,7 @@ class ClassifierConfig:
     blocks: tuple[int, ...] = (1, 1)
     norm: Norm = "batch"
     norm_num_groups: int = 8
+    activation: Activation | None = None
     time_channels: int = 128
     dropout: float = 0.0
     extra: dict[str, Any] = field(default_factory=dict)
@@ -73,11 +77,10 @@ class ClassifierConfig:
     def resolved(self, image_size: int) -> "ClassifierConfig":
         """Itself with the nulls replaced by what they mean at this image size."""
         large = image_size >= LARGE_IMAGE
-        return replace(
-            self,
-            backbone=self.backbone or ("resnet34" if large else SMALL),
-            stem=self.stem or ("large" if large else "small"),
-        )
+        backbone = self.backbone or ("resnet34" if large else SMALL)
+        stem = self.stem or ("large" if large else "small")
+        activation = self.activation or ("silu" if backbone == SMALL else "relu")
+        return replace(self, backbone=backbone, stem=stem, activation=activation)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for checkpoints."""
@@ -246,7 +249,7 @@ def build_classifier(
         )
     options = {
         "in_chans": channels, "num_classes": num_classes, "drop_rate": config.dropout, "norm_layer": GlobalBatchNorm2d,
-        **config.extra,
+        "act_layer": config.activation, **config.extra,
     }  # fmt: skip
     backbone = _small(config, **options) if config.backbone == SMALL else _by_name(str(config.backbone), **options)
     if config.stem == "small":

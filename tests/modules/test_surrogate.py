@@ -163,6 +163,31 @@ def test_the_time_independent_one_learns_clean_images_and_ignores_t(parent: str)
     assert torch.equal(module(x, torch.tensor([0, 5, 9])), module(x, torch.tensor([999, 1, 400])))
 
 
+def test_the_posterior_asks_for_the_hard_labels_in_expectation_and_is_let_go(parent: str, monkeypatch) -> None:
+    asked: list[tuple[Tensor, ...]] = []
+    original = SurrogateModule._wanted
+
+    def wanted(self: SurrogateModule, x_t: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+        found = original(self, x_t, t, labels)
+        asked.append((x_t, labels, found, torch.nn.functional.one_hot(labels, 5).float()))
+        return found
+
+    monkeypatch.setattr(SurrogateModule, "_wanted", wanted)
+    data = options_of(classes=5, count=12, batch_size=256, flip=True)(Path("."))
+    module = train(parent, data, 12, labels_as="posterior", interval=(400, 600))
+    x_t, _, soft, hard = (torch.cat(part) for part in zip(*asked, strict=True))
+    assert torch.allclose(soft.sum(1), torch.ones(len(soft)))
+    assert 0.3 < soft.max(1).values.mean() < 0.95
+    # what the gradient of the loss at x_t is made of: (softmax - wanted) times any function of x_t
+    probes = torch.cat([torch.ones(len(x_t), 1), x_t.flatten(1)[:, ::9], soft], 1)
+    gap = (soft - hard)[:, :, None] * probes[:, None]
+    error = gap.std(0) / len(gap) ** 0.5
+    assert (gap.mean(0).abs() / error).max() < 4.2
+    wrong = (soft.roll(1, 1) - hard)[:, :, None] * probes[:, None]
+    assert (wrong.mean(0).abs() / error).max() > 10
+    assert module._exact is None
+
+
 def test_calibration_is_the_expected_calibration_error_of_the_definition(parent: str) -> None:
     module = SurrogateModule(parent, network=SMALL, bins=1)
     rng = np.random.default_rng(0)
@@ -273,8 +298,9 @@ class Told(ArraySource):
 def options_of(labels: str = "true", **options: object) -> Callable[[Path], MemorizationDataModule]:
     def build(path: Path) -> MemorizationDataModule:
         rng = np.random.default_rng(0)
-        images = rng.integers(0, 256, (20, 8, 8, 1), dtype=np.uint8)
-        np.savez(path / "x.npz", arr_0=images, labels=np.arange(20) % options.pop("classes", 4))
+        count = options.pop("count", 20)
+        images = rng.integers(0, 256, (count, 8, 8, 1), dtype=np.uint8)
+        np.savez(path / "x.npz", arr_0=images, labels=np.arange(count) % options.pop("classes", 4))
         source = Told(str(path / "x.npz"))
         source.origin = options.pop("origin", {})
         return MemorizationDataModule(source, None, 4, options.pop("size", 8), labels=labels, **options)
@@ -309,6 +335,7 @@ def test_labels_drawn_from_the_target_are_remembered(parent: str, tmp_path: Path
     ("options", "message"),
     [
         ({"label_smoothing": 1.0}, r"label_smoothing must lie in \[0, 1\), got 1.0"),
+        ({"labels_as": "posterior", "time_dependent": False}, "posterior at a timestep: use hard"),
         ({"interval": (500, 1001)}, r"0 <= low < high <= 1000, got \[500, 1001\)"),
         ({"interval": (500, 500)}, "low < high"),
         ({"interval": (0, 3), "bins": 4}, r"bins must lie in \[1, 3\]"),

@@ -88,8 +88,8 @@ def test_without_time_there_is_no_time_module_and_t_changes_nothing() -> None:
 
 
 def test_defaults_are_a_resnet34_of_timm_at_64_pixels_and_a_small_one_below() -> None:
-    assert ClassifierConfig().resolved(64) == ClassifierConfig(backbone="resnet34", stem="large")
-    assert ClassifierConfig().resolved(63) == ClassifierConfig(backbone="small", stem="small")
+    assert ClassifierConfig().resolved(64) == ClassifierConfig(backbone="resnet34", stem="large", activation="relu")
+    assert ClassifierConfig().resolved(63) == ClassifierConfig(backbone="small", stem="small", activation="silu")
     with torch.device("meta"):
         theirs = timm.create_model("resnet34", num_classes=5, in_chans=1)
         ours = build_classifier(ClassifierConfig(), 64, 1, 5, time_dependent=False)
@@ -103,6 +103,16 @@ def test_a_small_stem_keeps_the_resolution() -> None:
     network.backbone.layer1.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape))
     assert network(images(), T).shape == (4, 5)
     assert seen == [(4, 64, 8, 8)]
+
+
+@pytest.mark.parametrize("activation", ["relu", "silu", "gelu"])
+def test_the_activation_is_the_one_asked_for(activation: str) -> None:
+    network = build(ClassifierConfig(widths=(8, 16), blocks=(1, 1), activation=activation))
+    x = torch.linspace(-3, 3, 13)
+    names = [name for name, _ in network.backbone.named_modules() if name.endswith(("act1", "act2"))]
+    assert len(names) == 5
+    for name in names:
+        assert torch.equal(network.backbone.get_submodule(name)(x.clone()), getattr(nn.functional, activation)(x))
 
 
 def test_group_norm_sees_one_image_at_a_time() -> None:
