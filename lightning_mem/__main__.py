@@ -10,6 +10,7 @@ VERBS = {
     "test": "as validate, with the full number of samples",
     "sample": "draw a SampleSet from a trained run; continues where it stopped",
     "predict": "the same as sample",
+    "attack": "attack a trained run and score what came out against its training images and the held-out control",
     "evaluate": "measure samples of any generator against a training set: a table, records, the closest pairs",
     "study": "train one recipe many times by a plan and report what came of it; continues where it stopped",
 }
@@ -21,6 +22,7 @@ examples:
   lightning-mem fit --config runs/digits/config.yaml --ckpt_path last --trainer.max_steps 5000
   lightning-mem validate --config runs/digits/config.yaml
   lightning-mem sample --config runs/digits/config.yaml --num_samples 10000
+  lightning-mem attack --config runs/digits/config.yaml --config configs/digits/attacks/side.yaml
   lightning-mem evaluate --samples my_gan/ --members train/ --heldout unseen/ --fail-above memorization/ratio=0.01
   lightning-mem study --config configs/digits/studies/emm.yaml --dry_run true
 """

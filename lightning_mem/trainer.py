@@ -1,22 +1,31 @@
 """The Trainer: Lightning's, with a run folder, exact resumption, and the verbs on a trained run."""
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar, TQDMProgressBar, WeightAveraging
 from lightning.pytorch.plugins import CheckpointIO
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+from rich.console import Console
 
+from lightning_mem.attacks import AbstractAttack, Scene
 from lightning_mem.callbacks import Curves, Ledger, MetricsCSV, RunFolder, RunSummary, WandbTracking
 from lightning_mem.callbacks.drawing import Blocks, BlockWriter, Drawer
+from lightning_mem.callbacks.evaluation import workers_of
 from lightning_mem.callbacks.run_folder import AtomicCheckpointIO, ResumableFitLoop, holds_a_run
+from lightning_mem.data import MemorizationDataModule
 from lightning_mem.data.datamodule import BLOCK
-from lightning_mem.diffusion import Sampler
+from lightning_mem.diffusion import Sampler, ScoreTerm
+from lightning_mem.evaluation import Reference
+from lightning_mem.evaluation.inputs import check_members
 from lightning_mem.modules import AbstractModule, load_target, read_checkpoint
+from lightning_mem.modules.base import META
+from lightning_mem.records import Record, write_records
 from lightning_mem.types import SampleSet, Weights
 
 
@@ -241,8 +250,16 @@ class MemorizationTrainer(Trainer):
         }  # fmt: skip
         name = f"{Path(path).stem if path else 'pretrained'}_{target.weights}_seed{sample_seed}_{first}-{num_samples}"
         file = Path(out.removesuffix(".npz") + ".npz") if out else self.folder / "samples" / f"{name}.npz"
-        blocks = Blocks(file.with_suffix(".blocks"), first, num_samples, settings)
-        drawer = Drawer(target, settings)
+        samples = self._draw(Drawer(target, settings), file, first, num_samples)
+        if samples is not None:
+            rank_zero_info(f"{len(samples)} samples ({samples.weights}, digest {samples.digest}) in {file}")
+        return samples
+
+    predict = sample  # type: ignore[assignment]
+
+    def _draw(self, drawer: Drawer, file: Path, first: int, count: int) -> SampleSet | None:
+        """Draw into a file with all processes; the first one gets the samples."""
+        blocks = Blocks(file.with_suffix(".blocks"), first, count, drawer.settings)
         writer = BlockWriter(blocks)
         with self._without_averaging():
             self.callbacks.append(writer)
@@ -253,10 +270,100 @@ class MemorizationTrainer(Trainer):
         samples = blocks.assemble()
         samples.save(file)
         blocks.remove()
-        rank_zero_info(f"{len(samples)} samples ({samples.weights}, digest {samples.digest}) in {file}")
         return samples
 
-    predict = sample  # type: ignore[assignment]
+    def attack(
+        self,
+        model: AbstractModule,
+        attack: AbstractAttack,
+        datamodule: MemorizationDataModule,
+        ckpt_path: str | None = None,
+        weights_only: bool | None = True,
+        weights: Weights = "ema",
+        out: str | None = None,
+    ) -> list[Record]:
+        """Attack a trained run: a table, records in a folder of their own; continues where it stopped.
+
+        Args:
+            model: The trained module; its network comes from the checkpoint.
+            attack: By class_path: ``lightning_mem.attacks.SIDE`` ...
+            datamodule: Training images and held-out control; read only when the attack has drawn all it needs.
+            ckpt_path: ``last``, ``best`` or a path; null takes the run's last.
+            weights_only: Read checkpoints so that they cannot run code.
+            weights: ``ema`` takes averaged weights where there are any, ``raw`` the optimizer's own.
+            out: Folder of the results; null for ``attacks/<name>-<digest>`` in the run folder.
+
+        Returns:
+            The records, on every process.
+        """
+        path = self._trained(model, ckpt_path) or str(getattr(model, "pretrained", None))
+        target = load_target(path, weights)
+        identity = attack.identity(target, path, self.folder)
+        folder = Path(out) if out else self.folder / "attacks" / f"{attack.name}-{identity}"
+        rank_zero_info(f"{attack.threat_model}\nresults go to {folder}")
+        step = int(read_checkpoint(path)[META]["step"]) if path.endswith(".ckpt") else 0
+
+        def blocks(
+            file: Path, first: int, count: int, settings: dict[str, Any], guidance: Sequence[ScoreTerm]
+        ) -> SampleSet:
+            drawer = Drawer(target, settings, guidance)
+            there = self._drawn_before(file, first, count, drawer.settings)
+            if there is None:
+                self._draw(drawer, file, first, count)
+                self.strategy.barrier("drawn")
+                there = SampleSet.load(file)
+            return there
+
+        def read() -> Reference:
+            self._on_the_first(datamodule.prepare_data)
+            datamodule.setup()
+            digests = {"members": datamodule.members.digest, "heldout": datamodule.heldout.digest}
+            check_members(self.folder, digests)
+            return Reference.from_datamodule(datamodule)
+
+        scene = Scene(
+            target,
+            path,
+            self.folder,
+            folder,
+            blocks,
+            read,
+            workers_of(self),
+            self._on_the_first,
+            step,
+            self.config_digest,
+        )
+        records = attack.run(scene)
+        if self.is_global_zero:
+            write_records(folder / "results.jsonl", records)  # last: they say that the rest is there
+            console = Console()
+            console.print(attack.table(records))
+            console.print(f"results.jsonl, samples/, tables/ and images/ in {folder}", soft_wrap=True, highlight=False)
+        self.strategy.barrier("attack")
+        return records
+
+    @staticmethod
+    def _drawn_before(file: Path, first: int, count: int, settings: dict[str, Any]) -> SampleSet | None:
+        """The finished draw in a file; null where there is none.
+
+        Raises:
+            ValueError: If the file holds another draw.
+        """
+        if not file.is_file():
+            return None
+        found = SampleSet.load(file)
+        if found.settings != settings or not torch.equal(found.addresses, torch.arange(first, first + count)):
+            raise ValueError(
+                f"{file} holds another draw ({len(found)} samples, {found.settings}) than this one ({count} from "
+                f"{first} on, {settings}): remove it or choose another --out"
+            )
+        return found
+
+    def _on_the_first(self, work: Callable[[], None]) -> None:
+        """Call on the first process; the others wait."""
+        if self.is_global_zero:
+            work()
+        self.strategy.barrier("first")
 
 
 class RunProgressBar(TQDMProgressBar):

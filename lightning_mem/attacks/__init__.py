@@ -1,4 +1,7 @@
 """Attacks: what can be got out of a target; one published method, one file."""
 
+from lightning_mem.attacks.base import AbstractAttack, Scene
 from lightning_mem.attacks.clusters import Clusters, cluster, cohesion, isolation, keep_clusters
 from lightning_mem.attacks.pseudo_labels import PseudoLabels
+from lightning_mem.attacks.side import SIDE
+from lightning_mem.attacks.unique_law import expected_unique

@@ -1,5 +1,6 @@
 """SIDE's pseudo-labels: a data source of generated images, each labelled by the cluster it falls into."""
 
+import os
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -58,7 +59,8 @@ class PseudoLabels(AbstractSource):
     isolation and size of each kept cluster.
 
     Args:
-        target: The model to be attacked: a run folder, a ``.ckpt``, a diffusers folder or hub id.
+        target: The model to be attacked: a run folder, a ``.ckpt``, a diffusers folder or hub id. null only inside an
+            attack, which puts its own there.
         num_images: How many images are drawn; of ``samples``, how many are taken (the first).
         num_clusters: K of K-means.
         tau: Least cohesion of a kept cluster, in [-1, 1] (the paper's 0.5 is of SSCD's cosines); null for none.
@@ -71,7 +73,7 @@ class PseudoLabels(AbstractSource):
         extractor: Feature space: ``sscd``, ``timm/<model>``, ``pixels``, ``inception``.
         extractor_weights: Its local weight file; ``sscd`` needs one.
         n_init: Starts of K-means.
-        seed: Of the draw and of K-means.
+        seed: Of the draw and of K-means; null takes the run's ``seed_everything``.
         num_steps: Sampler steps of the draw.
         sampler: ``ddim``, ``ddpm``, ``dpm++``, ``heun`` or ``euler``.
         eta: DDIM's share of fresh noise, 0 to 1.
@@ -92,7 +94,7 @@ class PseudoLabels(AbstractSource):
 
     def __init__(
         self,
-        target: str,
+        target: str | None = None,
         num_images: int = 10_000,
         num_clusters: int = 100,
         tau: float | None = 0.5,
@@ -104,7 +106,7 @@ class PseudoLabels(AbstractSource):
         extractor: str = "sscd",
         extractor_weights: str | None = None,
         n_init: int = 10,
-        seed: int = 0,
+        seed: int | None = None,
         num_steps: int = 50,
         sampler: Sampler = "ddim",
         eta: float = 0.0,
@@ -119,7 +121,8 @@ class PseudoLabels(AbstractSource):
                 f"num_clusters must lie in [2, num_images = {num_images}], got {num_clusters}: ask for fewer "
                 "clusters or draw more images"
             )
-        self.target, self.weights, self.device = target, weights, device
+        seed = int(os.environ.get("PL_GLOBAL_SEED", "0")) if seed is None else seed
+        self._target, self.weights, self.device = target, weights, device
         self.num_images, self.seed = num_images, seed
         self.num_steps, self.sampler, self.eta = num_steps, sampler, eta
         self.samples, self.verify, self.cache_dir = samples, verify, cache_dir
@@ -128,6 +131,22 @@ class PseudoLabels(AbstractSource):
             "num_clusters": num_clusters, "tau": tau, "keep": keep, "rank": rank, "min_size": min_size,
             "centered": centered, "dropped": dropped, "n_init": n_init, "seed": seed,
         }  # fmt: skip
+
+    @property
+    def target(self) -> str:
+        """The model that the images are drawn from.
+
+        Raises:
+            ValueError: If none was named.
+        """
+        if self._target is None:
+            raise ValueError("PseudoLabels needs target, the model to be attacked: a run folder or a checkpoint")
+        return self._target
+
+    def take_target(self, path: str, weights: Weights) -> None:
+        """Take this target, where none was named."""
+        if self._target is None:
+            self._target, self.weights = path, weights
 
     @property
     def name(self) -> str:

@@ -38,6 +38,24 @@ class Listener(Protocol):
         """Called on the first process after the records were written."""
 
 
+def workers_of(trainer: Trainer) -> Workers:
+    """How a Trainer deals out the rows of a measurement; a stop signal ends it between blocks."""
+
+    def gather(rows: Tensor) -> Tensor:
+        found = trainer.strategy.all_gather(rows)
+        return found if trainer.world_size > 1 else found[None]
+
+    def pause() -> None:
+        stop = bool(trainer.received_sigterm)
+        if trainer.world_size > 1:
+            flags = trainer.strategy.all_gather(torch.tensor(stop, device=trainer.strategy.root_device))
+            stop = bool(flags.any())
+        if stop:
+            raise SIGTERMException
+
+    return Workers(trainer.global_rank, trainer.world_size, gather, pause, trainer.strategy.root_device)
+
+
 class SampleEvaluation(Callback):
     """Measures memorization, its held-out control and Fréchet distances at Lightning's validations.
 
@@ -117,7 +135,7 @@ class SampleEvaluation(Callback):
                 self.extractors,
                 self.extractor_weights,
                 self.rules.threshold,
-                self._workers(trainer),
+                workers_of(trainer),
                 self.metrics,
                 self.rules.delta,
                 cache_folder(self.cache_dir),
@@ -143,21 +161,6 @@ class SampleEvaluation(Callback):
             "SampleEvaluation needs images to compare with: a MemorizationDataModule, or "
             "reference=Reference.from_images(members, heldout)"
         )
-
-    def _workers(self, trainer: Trainer) -> Workers:
-        def gather(rows: Tensor) -> Tensor:
-            found = trainer.strategy.all_gather(rows)
-            return found if trainer.world_size > 1 else found[None]
-
-        def pause() -> None:
-            stop = bool(trainer.received_sigterm)
-            if trainer.world_size > 1:
-                flags = trainer.strategy.all_gather(torch.tensor(stop, device=trainer.strategy.root_device))
-                stop = bool(flags.any())
-            if stop:
-                raise SIGTERMException
-
-        return Workers(trainer.global_rank, trainer.world_size, gather, pause, trainer.strategy.root_device)
 
     def state_dict(self) -> dict[str, Any]:
         """The last values: a resumed run's callbacks monitor them until the next evaluation."""

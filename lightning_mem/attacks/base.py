@@ -1,0 +1,127 @@
+"""What attacks share: the scene they act on, which shows training images only once scoring begins."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from rich.table import Table
+
+from lightning_mem.data.datamodule import BLOCK
+from lightning_mem.diffusion import Sampler, ScoreTerm, Target
+from lightning_mem.evaluation import Reference, Workers
+from lightning_mem.evaluation.table import records_table
+from lightning_mem.records import Record
+from lightning_mem.types import SampleSet
+
+
+class DrawBlocks(Protocol):
+    """Draws a range of addresses with all processes, in blocks that survive a stop; every process gets the set."""
+
+    def __call__(
+        self, file: Path, first: int, count: int, settings: dict[str, Any], guidance: Sequence[ScoreTerm]
+    ) -> SampleSet:
+        """Samples ``first`` .. ``first + count - 1``, kept in ``file``; read from there where they are."""
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What an attack acts on, and all it may ask for.
+
+    Args:
+        target: The model.
+        path: Where it came from: a checkpoint or a diffusers folder.
+        home: Run folder of the target.
+        folder: Of the attack's results.
+        blocks: Draws samples.
+        read: Reads the training images and the held-out control; called once, by :meth:`reference`.
+        workers: How scoring is dealt out to processes.
+        first: Calls a function on the first process while the others wait.
+        step: Optimizer steps of the target.
+        config_digest: Of the target's run.
+    """
+
+    target: Target
+    path: str
+    home: Path
+    folder: Path
+    blocks: DrawBlocks
+    read: Callable[[], Reference]
+    workers: Workers = field(default_factory=Workers)
+    first: Callable[[Callable[[], None]], None] = lambda work: work()
+    step: int = 0
+    config_digest: str = ""
+    _read: list[Reference] = field(default_factory=list)
+
+    def draw(
+        self,
+        name: str,
+        num_samples: int,
+        *,
+        seed: int,
+        num_steps: int = 50,
+        sampler: Sampler = "ddim",
+        eta: float = 0.0,
+        guidance: Sequence[ScoreTerm] = (),
+        first: int = 0,
+    ) -> SampleSet:
+        """Samples of the target; kept in ``samples/<name>.npz``, continued where they stopped.
+
+        Args:
+            name: Of the file.
+            num_samples: How many.
+            seed: Of starting noise and labels.
+            num_steps: Sampler steps.
+            sampler: See :func:`lightning_mem.diffusion.sample`.
+            eta: See there.
+            guidance: Score terms with ``settings``.
+            first: Address of the first sample.
+
+        Raises:
+            RuntimeError: If the training images were read already: what is drawn then could depend on them.
+        """
+        if self._read:
+            raise RuntimeError("the training images were read already: an attack draws all its samples before scoring")
+        settings = {
+            "sampler": sampler, "num_steps": num_steps, "eta": eta, "block": BLOCK, "sample_seed": seed,
+            "target": self.target.digest,
+        }  # fmt: skip
+        return self.blocks(self.folder / "samples" / f"{name}.npz", first, num_samples, settings, guidance)
+
+    def reference(self) -> Reference:
+        """The training images and the held-out control: scoring begins."""
+        if not self._read:
+            self._read.append(self.read())
+        return self._read[0]
+
+
+class AbstractAttack(ABC):
+    """An attack: says what it assumes, draws what it needs, then scores.
+
+    Attributes:
+        name: Short, as in the logged keys ``attack/<name>/...``.
+        threat_model: What the attacker knows and may do, in a sentence; printed before anything is drawn.
+    """
+
+    name: str
+    threat_model: str
+
+    @abstractmethod
+    def identity(self, scene_target: Target, path: str, home: Path) -> str:
+        """Digest of everything that decides the result; names the folder of the results.
+
+        Raises:
+            ValueError: If something the attack was given does not fit the target.
+        """
+
+    @abstractmethod
+    def run(self, scene: Scene) -> list[Record]:
+        """Attack; every process gets the records.
+
+        Tables and pictures go into ``scene.folder``; the records are written by the caller.
+        """
+
+    def table(self, records: Sequence[Record]) -> Table:
+        """The records on the screen."""
+        return records_table(records, f"attack {self.name}")
