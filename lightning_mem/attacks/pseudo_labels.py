@@ -217,14 +217,13 @@ class PseudoLabels(AbstractSource):
 
     @cached_property
     def _extractor(self) -> AbstractExtractor:
-        found = build_extractor(self.extractor, self.extractor_weights, best_device(self.device))
         side, least = self._identity[1][1], SMALLEST.get(self.extractor, 1)
         if side < least:
             raise ValueError(
                 f"{self.extractor} needs images of at least {least} pixels, those of {self.target} have {side}: choose "
                 "another extractor, e.g. pixels"
             )
-        return found
+        return build_extractor(self.extractor, self.extractor_weights, best_device(self.device))
 
     @property
     def folder(self) -> Path:
