@@ -24,6 +24,10 @@ _WEIGHTS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+GUIDED_CLIP = "x0 and eps"
+"""What a sampler that clips x0 clips in guided steps; part of what a guided sample is."""
+
+
 class Classifier(Protocol):
     """A callable ``(x_t [B, C, H, W], t int64 [B]) -> logits [B, num_classes]`` in the denoiser's space.
 
@@ -233,5 +237,6 @@ def guidance_settings(guidance: Sequence[ScoreTerm]) -> dict[str, Any]:
         settings = getattr(term, "settings", None)
         if settings is None:
             raise ValueError(f"the score term {term!r} needs a mapping `settings` that says what was added")
+        merged["guidance_clip"] = GUIDED_CLIP
         merged |= {f"{key}_{number}" if key in merged else key: value for key, value in settings.items()}
     return merged

@@ -254,6 +254,37 @@ class DiffusionProcess:
             return output + (1 - alpha_bar) / alpha_bar.sqrt() * score
         return output - ((1 - alpha_bar) / alpha_bar).sqrt() * score
 
+    def clip_x0(self, output: Tensor, x_t: Tensor, t: Tensor, prediction: Prediction | None = None) -> Tensor:
+        r"""The output that means the x0 which samplers clip to, and the eps that belongs to it.
+
+        .. math:: x_0' = \mathrm{clip}(x_0), \qquad \epsilon' = (x_t - \sqrt{\bar\alpha}\,x_0')/\sqrt{1-\bar\alpha}
+
+        diffusers' DDIM clips x0 but keeps the eps of the output. Where guidance takes x0 far outside, that eps then
+        drives x_t the other way. Entries inside the range stay as they are, bit for bit.
+
+        Args:
+            output: [B, ...].
+            x_t: [B, ...].
+            t: int64 [B].
+            prediction: What ``output`` is; null for the process's own.
+
+        Source:
+            Dhariwal and Nichol, arXiv:2105.05233 (their sampler derives eps from the clipped x0).
+        """
+        prediction = prediction or self.prediction
+        if not self._deciding["clip_sample"] or self._deciding["thresholding"]:
+            return output
+        x0 = self.to_x0(output, x_t, t, prediction)
+        limit = self._deciding["clip_sample_range"] or 1.0
+        clipped = x0.clamp(-limit, limit)
+        meant = clipped
+        if prediction != "x0":
+            meant = self.to_eps(clipped, x_t, t, "x0")
+        if prediction == "v":
+            alpha_bar = self.alpha_bar_at(t, x_t)
+            meant = alpha_bar.sqrt() * meant - (1 - alpha_bar).sqrt() * clipped
+        return torch.where(x0 == clipped, output, meant)
+
     def _refuse_zero_signal(self, t: Tensor, why: str) -> None:
         if len(self._zero_signal) and torch.isin(t.cpu(), self._zero_signal).any():
             raise ValueError(f"alpha_bar is 0 at t = {self._zero_signal.tolist()}: {why}")

@@ -7,10 +7,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from lightning_mem.diffusion.process import Sampler
+from lightning_mem.diffusion.process import DiffusionProcess, Sampler
 from lightning_mem.diffusion.target import Condition, Target
 from lightning_mem.randomness import generator
-from lightning_mem.types import to_uint8
+from lightning_mem.types import Prediction, to_uint8
 
 OnStep = Callable[[int, int, Tensor], None]
 """Called with (sampler step, training timestep, the sampler's own x) after each step of each block."""
@@ -79,6 +79,29 @@ def _check_condition(target: Target, condition: Condition, count: int) -> None:
             raise ValueError(f"labels must lie in [0, {target.num_classes}), got {low} to {high}")
 
 
+def _guided(
+    process: DiffusionProcess,
+    output: Tensor,
+    x_t: Tensor,
+    t: Tensor,
+    addresses: Tensor,
+    guidance: Sequence[ScoreTerm],
+    prediction: Prediction,
+    sampler: Sampler,
+) -> Tensor:
+    """The output with all score terms; rows to which nothing was added keep theirs, bit for bit."""
+    plain, touched = output, torch.zeros(len(t), dtype=torch.bool, device=x_t.device)
+    for term in guidance:
+        score = term(x_t, t, addresses)
+        if score is not None:  # float32, whatever the network's precision: the sum is as precise
+            output = process.add_score(output, score.float(), x_t, t, prediction)
+            touched |= score.flatten(1).any(1)
+    if sampler != "ddim" or not touched.any():  # the others have no eps of their own beside the clipped x0
+        return output
+    rows = touched.reshape(-1, *[1] * (x_t.ndim - 1))
+    return torch.where(rows, process.clip_x0(output, x_t, t, prediction), plain)
+
+
 def initial_noise(shape: tuple[int, ...], generators: Sequence[torch.Generator]) -> Tensor:
     """Standard normal rows [B, *shape], row i from generator i, drawn on the CPU so that no device changes them."""
     return torch.stack([torch.randn(shape, generator=g) for g in generators])
@@ -129,10 +152,7 @@ def sample_x0(
                 t = torch.full((block,), int(timestep), dtype=torch.int64, device=target.device)
                 x_t = scheduler.scale_model_input(x, timestep)
                 output = target.denoiser(x_t, t, own_condition)
-                for term in guidance:
-                    score = term(x_t, t, own_addresses)
-                    if score is not None:  # float32, whatever the network's precision: the sum is as precise
-                        output = target.process.add_score(output, score.float(), x_t, t, prediction)
+                output = _guided(target.process, output, x_t, t, own_addresses, guidance, prediction, sampler)
                 if as_eps:
                     output = target.process.to_eps(output, x_t, t, prediction)
                 # reduced precision ends at the network: solvers keep their state in float32

@@ -247,3 +247,24 @@ def test_the_gaussian_oracle_obeys_bayes():
         weight = np.exp(log_joint - log_joint.max())
         mean = oracle(torch.full((1, 1, 1, 1), x, dtype=torch.float64), torch.tensor([step])).item()
         assert mean == pytest.approx((weight * grid).sum() / weight.sum(), abs=1e-9)
+
+
+@pytest.mark.parametrize("prediction", ["eps", "v", "x0"])
+def test_a_clipped_output_means_the_clipped_x0_and_the_eps_that_belongs_to_it(prediction):
+    process = DiffusionProcess("linear", prediction=prediction)
+    draw = torch.Generator().manual_seed(0)
+    output, x_t = (torch.randn(5, 1, 4, 4, generator=draw, dtype=torch.float64) for _ in range(2))
+    t = torch.tensor([0, 10, 200, 600, 999])
+    x0, inside = process.to_x0(output, x_t, t), process.to_x0(output, x_t, t).abs() <= 1
+    assert 0 < inside.sum() < inside.numel()
+    found = process.clip_x0(output, x_t, t)
+    again, eps = process.to_x0(found, x_t, t), process.to_eps(found, x_t, t)
+    torch.testing.assert_close(again, x0.clamp(-1, 1), rtol=0, atol=1e-9)
+    torch.testing.assert_close(process.add_noise(again, eps, t), x_t, rtol=0, atol=1e-9)
+    assert torch.equal(found[inside], output[inside])
+    for options in ({"clip_sample": False}, {"thresholding": True}):
+        other = DiffusionProcess.from_config({**process.config, **options})
+        assert other.clip_x0(output, x_t, t) is output
+    wide = DiffusionProcess.from_config({**process.config, "clip_sample_range": 2.0})
+    limit = wide.to_x0(wide.clip_x0(output, x_t, t), x_t, t)
+    torch.testing.assert_close(limit, x0.clamp(-2, 2), rtol=0, atol=1e-9)
