@@ -3,7 +3,8 @@
     python -m torch.distributed.run --standalone --nproc_per_node 3 tests/ranks.py FOLDER COMMANDS
 
 First every metric and the sharded search on groups of 3 and of 2 (rank 0 writes ``ranks3.json``, ``ranks2.json``), then
-the first two processes run the command lines in the JSON file COMMANDS as a pair, as a user's ``--trainer.devices 2``.
+the first two processes run the command lines in the JSON file COMMANDS as a pair, as a user's ``--trainer.devices 2``;
+rank 0 then reads a trained surrogate, in a process that never saw its training (``answers.json``).
 """
 
 import json
@@ -122,6 +123,16 @@ def searched(world: int, rank: int, group: dist.ProcessGroup | None) -> dict[str
     return found
 
 
+def answers(folder: Path) -> dict[str, Any]:
+    """What the surrogate that one process trained says of two noises, and where it says it comes from."""
+    from lightning_mem.modules import load_classifier
+
+    classifier = load_classifier(folder / "surrogate1" / "checkpoints" / "last.ckpt")
+    x_t = torch.linspace(-1, 1, 128).reshape(2, 1, 8, 8)
+    logits = classifier(x_t, torch.tensor([3, 700]))
+    return {"logits": plain(logits), "digest": classifier.digest, "target": classifier.target_digest}
+
+
 def free_port() -> int:
     with socket.socket() as place:
         place.bind(("localhost", 0))
@@ -147,6 +158,8 @@ def main(folder: Path, commands: list[list[str]]) -> None:
 
         for command in commands:
             run(command)
+        if rank == 0:
+            (folder / "answers.json").write_text(json.dumps(answers(folder)))
         dist.destroy_process_group()
 
 

@@ -19,6 +19,7 @@ from lightning_mem.metrics import nearest_neighbors
 from lightning_mem.records import TIME_FIELDS
 
 TINY = Path(__file__).parent / "tiny.yaml"
+TINY_SURROGATE = Path(__file__).parent / "tiny_surrogate.yaml"
 TWO = ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
 # dropout draws per process: off, so that the two trainings compute the same thing
 TRAINING = ["--model.init_args.network.dropout", "0", "--trainer.max_steps", "20"]
@@ -34,8 +35,12 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     # 257 samples: no multiple of 64, of 2 ranks, or of a block a rank
     config.write_text(TINY.read_text().replace("num_samples: 70", "num_samples: 257"))
 
-    def command(verb: str, name: str, *options: str) -> list[str]:
+    def command(verb: str, name: str, *options: str, config: Path = config) -> list[str]:
         return [verb, "--config", str(config), "--trainer.default_root_dir", str(folder / name), *options]
+
+    def surrogate(name: str, *options: str) -> list[str]:
+        target = ["--model.init_args.target", str(folder / "measured1")]
+        return command("fit", name, *target, *TRAINING, *options, config=TINY_SURROGATE)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["lightning-mem"])
@@ -46,6 +51,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
             os.remove(folder / name / "results.jsonl")
         run(command("validate", "measured1", "--data.batch_size", "7"))
         run(command("sample", "measured1", *SAMPLING))
+        run(surrogate("surrogate1"))
     commands = folder / "commands.json"
     commands.write_text(
         json.dumps(
@@ -53,6 +59,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 command("fit", "trained2", *TRAINING, *TWO),
                 command("validate", "measured2", "--data.batch_size", "64", *TWO),
                 command("sample", "measured2", *SAMPLING, *TWO),
+                surrogate("surrogate2", *TWO),
             ]
         )
     )
@@ -143,3 +150,19 @@ def test_sampling_on_two_processes_gives_the_same_digest(runs: Path) -> None:
     one, two = (json.loads((runs / folder / name).read_text()) for folder in ("measured1", "measured2"))
     assert one == two
     assert one["n"] == 130
+
+
+# its batch norms see the global batch: with those of each process's half the first loss would be off already
+def test_a_surrogate_on_two_processes_follows_the_same_curve(runs: Path) -> None:
+    one, two = runs / "surrogate1", runs / "surrogate2"
+    expected, found = curve(one, "train/loss"), curve(two, "train/loss")
+    assert expected.keys() == found.keys() == set(range(1, 21))
+    assert found == pytest.approx(expected, rel=1e-4)
+    assert curve(two, "val/loss") == pytest.approx(curve(one, "val/loss"), rel=1e-4)
+    assert json.loads((one / "members.json").read_text()) == json.loads((two / "members.json").read_text())
+    found, expected = ([(r["name"], r["n"], r["step"]) for r in records(folder)] for folder in (two, one))
+    assert found == expected
+
+
+def test_a_surrogate_answers_in_a_fresh_process_from_its_checkpoint_alone(runs: Path) -> None:
+    assert ranks.answers(runs) == json.loads((runs / "answers.json").read_text())

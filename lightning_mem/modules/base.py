@@ -91,6 +91,19 @@ class AbstractModule(LightningModule, ABC):
         share = len(global_rows) // self.trainer.world_size
         return global_rows[self.global_rank * share : (self.global_rank + 1) * share]
 
+    def gather_rows(self, parts: list[tuple[Tensor, Tensor]]) -> dict[int, Tensor]:
+        """What all processes found for each row of a validation, ascending by row.
+
+        Args:
+            parts: Rows int64 [B] and values [B, ...] of each block this process was dealt.
+        """
+        # blocks have one size (the last is padded by repetition) and each process has equally many: the gather needs
+        # no sizes, and rows that were dealt twice fall together
+        rows, values = (torch.cat(column) for column in zip(*parts, strict=True))
+        places, found = (torch.as_tensor(self.all_gather(part)) for part in (rows, values))
+        merged = dict(zip(places.flatten().tolist(), found.reshape(-1, *values.shape[1:]), strict=True))
+        return {row: merged[row] for row in sorted(merged)}
+
     @property
     def is_shown(self) -> bool:
         """Whether anyone reads this step's loss: a progress bar, or a logger at its interval. Logging is not free."""

@@ -103,7 +103,7 @@ class DenoiserModule(AbstractModule):
         self.loss: Loss = loss
         self.snr_gamma = snr_gamma
         self._compile = compile
-        self._validation: dict[int, float] = {}
+        self._validation: list[tuple[Tensor, Tensor]] = []
 
     def _check_pretrained(self, path: str, image_size: int, channels: int, num_classes: int | None) -> None:
         theirs = self.unet.config
@@ -187,7 +187,7 @@ class DenoiserModule(AbstractModule):
 
     def on_validation_epoch_start(self) -> None:
         """Forget the last validation."""
-        self._validation = {}
+        self._validation = []
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Error of each row at a timestep and noise addressed by its image: the same at every validation."""
@@ -199,22 +199,18 @@ class DenoiserModule(AbstractModule):
         labels = batch["label"] if self.num_classes is not None else None
         t_rows, eps_rows = torch.cat(t).to(self.device), torch.stack(eps).to(self.device)
         loss = self._loss(batch["image"], eps_rows, t_rows, labels)
-        self._validation |= dict(zip(batch["row"].tolist(), loss.double().tolist(), strict=True))
+        self._validation.append((batch["row"], loss.double()))
 
     def on_validation_epoch_end(self) -> None:
         """Log the mean over held-out images, and over as many members beside it."""
         data = self._datamodule()
         if data is None:
             return
-        rows = torch.tensor(sorted(self._validation), device=self.device)
-        values = torch.tensor([self._validation[int(row)] for row in rows], dtype=torch.float64, device=self.device)
-        # every process has the same number of blocks, so the gather needs no sizes; doubles fall together
-        places, losses = (torch.as_tensor(self.all_gather(part)).flatten().tolist() for part in (rows, values))
-        found = dict(zip(places, losses, strict=True))
+        found = {row: float(loss) for row, loss in self.gather_rows(self._validation).items()}
         split = len(data.heldout)
         for name, part in (
-            ("val/loss", [v for row, v in sorted(found.items()) if row < split]),
-            ("val/loss_members", [v for row, v in sorted(found.items()) if row >= split]),
+            ("val/loss", [v for row, v in found.items() if row < split]),
+            ("val/loss_members", [v for row, v in found.items() if row >= split]),
         ):
             if part:
                 self.log(name, sum(part) / len(part), prog_bar=name == "val/loss", rank_zero_only=False)

@@ -118,7 +118,7 @@ class SurrogateModule(AbstractModule):
         self.pseudo_labels: dict[str, Any] = {}
         self.classifier: TimeClassifier | None = None
         self.hits: dict[str, tuple[int, int]] = {}
-        self._validation: dict[int, list[float]] = {}
+        self._validation: list[tuple[Tensor, Tensor]] = []
         self._exact: tuple[EmpiricalClassifier, Tensor] | None = None
 
     def configure_model(self) -> None:
@@ -226,7 +226,7 @@ class SurrogateModule(AbstractModule):
 
     def on_validation_epoch_start(self) -> None:
         """Forget the last validation."""
-        self._validation = {}
+        self._validation = []
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Loss, hit and confidence of each row, once a bin at an addressed timestep and noise, and once as trained."""
@@ -242,8 +242,7 @@ class SurrogateModule(AbstractModule):
             parts.append(self._answers(self.process.add_noise(x0, eps, t), t, batch["label"]))
         if not self.time_dependent:
             parts.append(self._answers(x0, torch.zeros_like(batch["label"]), batch["label"]))
-        values = torch.cat(parts, dim=1).tolist()
-        self._validation |= dict(zip(batch["row"].tolist(), values, strict=True))
+        self._validation.append((batch["row"], torch.cat(parts, dim=1)))
 
     def _answers(self, x_t: Tensor, t: Tensor, labels: Tensor) -> Tensor:
         """Loss without smoothing, whether the guess is right, and the guess's probability, float64 [B, 3]."""
@@ -256,16 +255,12 @@ class SurrogateModule(AbstractModule):
         data = self._datamodule()
         if data is None:
             return
-        rows = torch.tensor(sorted(self._validation), device=self.device)
-        values = torch.tensor([self._validation[int(row)] for row in rows], dtype=torch.float64, device=self.device)
-        # every process has the same number of blocks, so the gather needs no sizes; doubles fall together
-        places, found = (torch.as_tensor(self.all_gather(part)) for part in (rows, values))
-        merged = dict(zip(places.flatten().tolist(), found.reshape(-1, values.shape[1]), strict=True))
+        found = self.gather_rows(self._validation)
         split = len(data.heldout)
         self.hits = {}
         for suffix, part in (
-            ("", [merged[row] for row in sorted(merged) if row < split]),
-            ("_members", [merged[row] for row in sorted(merged) if row >= split]),
+            ("", [values for row, values in found.items() if row < split]),
+            ("_members", [values for row, values in found.items() if row >= split]),
         ):
             if part:
                 for name, value in self._summary(torch.stack(part), suffix).items():
