@@ -23,8 +23,10 @@ NOT_DECIDING = {
 """Settings of the Trainer that say where a run happens and what is shown; measured numbers do not depend on them."""
 
 LOOKING_ON = {"Gallery", "ModelCheckpoint", "RichProgressBar", "TQDMProgressBar"}
-"""Callbacks that change neither training nor what is measured."""
+"""Callbacks that change neither training nor what is measured; of a surrogate the best checkpoint is the one used."""
 
+
+SURROGATE = "SurrogateModule"
 
 PARENTS = {"target", "surrogate", "time_independent"}
 """Keys whose value is the folder of a run that this one builds on: it counts by what made it, not by its place."""
@@ -61,7 +63,8 @@ def deciding(config: Mapping[str, Any], identify: Callable[[str], str] = str) ->
     trainer = {key: value for key, value in config["trainer"].items() if key not in NOT_DECIDING}
     callbacks = trainer.get("callbacks") or []
     callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
-    trainer["callbacks"] = [c for c in callbacks if c["class_path"].rsplit(".", 1)[-1] not in LOOKING_ON]
+    passed = LOOKING_ON - ({"ModelCheckpoint"} if config["model"].get("class_path", "").endswith(SURROGATE) else set())
+    trainer["callbacks"] = [c for c in callbacks if c["class_path"].rsplit(".", 1)[-1] not in passed]
     return _identified({**found, "trainer": trainer}, identify)
 
 

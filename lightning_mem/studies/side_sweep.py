@@ -46,7 +46,7 @@ class SideSweep(AbstractStudy):
         sets: Dotted settings that take the value, by part: ``target``, ``surrogate`` or ``attack``.
         surrogate: Files of ``fit`` that train the surrogate; the attack takes its pseudo-labels. Null: none is trained,
             the attack makes its own pseudo-labels and has closed-form arms only, and a value costs its attack alone.
-        time_independent: Train the baseline too, from the same files with ``model.init_args.time_dependent`` false.
+        time_independent: Train the baseline too, from the same files on hard labels and without time.
         seeds: Each decides one target, its surrogates and the attacks on it; at least 3 for intervals.
         overrides: Further settings of ``fit`` for the target.
         surrogate_overrides: Of ``fit`` for the surrogate.
@@ -131,7 +131,7 @@ class SideSweep(AbstractStudy):
         if kind == "target":
             own = merge(self.overrides, own)
         if name == BASELINE:
-            own = merge(own, {"model": {"init_args": {"time_dependent": False}}})
+            own = merge(own, {"model": {"init_args": {"time_dependent": False, "labels_as": "hard"}}})
         name = name or kind
         return Row(
             f"{name}_{word}_seed{seed}" if depends else f"{name}_seed{seed}",
@@ -329,10 +329,11 @@ def _pooled(
 def _word(value: Value) -> str:
     """A value as it stands in names, records and pictures.
 
-    A mapping is told by its values, and by the keys of those that are true; a path by its last part.
+    A mapping is told by its first value, and by the keys of those that are true; a path by its last part.
     """
     if isinstance(value, dict):
-        parts = [key if own is True else _word(own) for key, own in value.items() if own is not False]
+        first, *others = value.items()
+        parts = [_word(first[1]), *(key for key, own in others if own is True)]
     elif isinstance(value, list):
         parts = [str(number) for number in value]
     else:

@@ -142,7 +142,7 @@ def test_what_does_not_depend_on_the_value_is_run_once_a_seed() -> None:
 
 def test_a_value_stands_in_names_as_a_folder_can() -> None:
     values = [[400, 1000], None, "timm/resnet18", {"extractor": "pixels", "centered": True, "weights": "a/b.pth"}]
-    words = ["400-1000", "none", "resnet18", "pixels-centered-b.pth"]
+    words = ["400-1000", "none", "resnet18", "pixels-centered"]
     study = sweep(values=values, surrogate=None, sets={"attack": ["attack.init_args.labels"]})
     assert names(study)[1:] == [f"attack_{word}_seed0" for word in words]
     assert study.rows()[-1].overrides == {"attack": {"init_args": {"labels": values[-1]}}}
@@ -167,7 +167,8 @@ def test_each_row_gets_its_value_and_the_folders_it_builds_on() -> None:
     study = sweep(time_independent=True)
     baseline, attack = study.rows()[2:4]
     places = {name: Path(name) for name in attack.needs}
-    assert study.settings(baseline, "s", places)["model"]["init_args"]["time_dependent"] is False
+    asked = study.settings(baseline, "s", places)["model"]["init_args"]
+    assert asked == {"time_dependent": False, "labels_as": "hard", "target": "target_seed0"}
     given = study.settings(attack, "s", places)["attack"]["init_args"]
     assert (given["surrogate"], given["time_independent"]) == ("surrogate_seed0", "time_independent_seed0")
 
