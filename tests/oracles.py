@@ -99,6 +99,24 @@ def gaussian_denoiser(mean: Tensor, scale: float, process: DiffusionProcess, **o
     return MixtureDenoiser(mean[None], torch.tensor([scale], dtype=torch.float64), process, **options)
 
 
+def planted_mixture(members: Tensor, process: DiffusionProcess, narrow: float = 0.03, wide: float = 0.4) -> Target:
+    """A target that memorized half: half of its mass sits in narrow Gaussians on the members, half in one wide one.
+
+    Args:
+        members: uint8 [N, C, H, W].
+        process: Its schedule and prediction.
+        narrow: Standard deviation around each member, in [-1, 1] units.
+        wide: Standard deviation around grey.
+    """
+    n = len(members)
+    means = torch.cat([members.double() / 127.5 - 1, torch.zeros(1, *members.shape[1:])])
+    scales = torch.tensor([narrow] * n + [wide], dtype=torch.float64)
+    weights = torch.tensor([0.5 / n] * n + [0.5], dtype=torch.float64)
+    target = MixtureDenoiser(means, scales, process, weights).target()
+    target.digest = "planted"
+    return target
+
+
 def gaussian_flow(denoiser: MixtureDenoiser, x: Tensor, start: int) -> Tensor:
     """Where the exact probability flow takes x [B, C, H, W] from timestep ``start`` to t = 0 noise, one component.
 
