@@ -21,11 +21,12 @@ from lightning_mem.callbacks.run_folder import AtomicCheckpointIO, ResumableFitL
 from lightning_mem.data import MemorizationDataModule
 from lightning_mem.data.datamodule import BLOCK
 from lightning_mem.diffusion import Sampler, ScoreTerm
+from lightning_mem.diffusion.additions import AbstractAddition
 from lightning_mem.evaluation import Reference
 from lightning_mem.evaluation.inputs import check_members
 from lightning_mem.modules import AbstractModule, load_target, read_checkpoint
 from lightning_mem.modules.base import META
-from lightning_mem.records import Record, write_records
+from lightning_mem.records import Record, digest, write_records
 from lightning_mem.types import SampleSet, Weights
 
 
@@ -219,6 +220,7 @@ class MemorizationTrainer(Trainer):
         eta: float = 0.0,
         sample_seed: int = 0,
         weights: Weights = "ema",
+        guidance: AbstractAddition | None = None,
         out: str | None = None,
     ) -> SampleSet | None:
         """Draw a SampleSet from a trained run; shared by all processes, continues where it stopped.
@@ -235,6 +237,8 @@ class MemorizationTrainer(Trainer):
             eta: DDIM's share of fresh noise, 0 to 1.
             sample_seed: Seed of the draw.
             weights: ``ema`` takes averaged weights where there are any, ``raw`` the optimizer's own.
+            guidance: What is added to the score, by class_path: ``lightning_mem.attacks.SurrogateGuidance`` ...; null
+                draws the target's own samples.
             out: Where to write (``.npz``, its manifest beside it); null for ``samples/`` in the run folder.
 
         Returns:
@@ -248,9 +252,13 @@ class MemorizationTrainer(Trainer):
             "sampler": sampler, "num_steps": num_steps, "eta": eta, "block": BLOCK, "sample_seed": sample_seed,
             "target": target.digest,
         }  # fmt: skip
+        where = path or str(getattr(model, "pretrained", None))
+        addresses = torch.arange(first, first + num_samples)
+        drawer = Drawer(target, settings, guidance.terms(target, where, addresses) if guidance is not None else ())
         name = f"{Path(path).stem if path else 'pretrained'}_{target.weights}_seed{sample_seed}_{first}-{num_samples}"
+        name += "" if guidance is None else f"_guided-{digest(drawer.settings)}"
         file = Path(out.removesuffix(".npz") + ".npz") if out else self.folder / "samples" / f"{name}.npz"
-        samples = self._draw(Drawer(target, settings), file, first, num_samples)
+        samples = self._draw(drawer, file, first, num_samples)
         if samples is not None:
             rank_zero_info(f"{len(samples)} samples ({samples.weights}, digest {samples.digest}) in {file}")
         return samples

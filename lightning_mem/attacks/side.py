@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lightning_mem.attacks.base import AbstractAttack, Scene
 from lightning_mem.attacks.clusters import Clusters
+from lightning_mem.attacks.guided import draw_targets, load_surrogate
 from lightning_mem.attacks.pseudo_labels import PseudoLabels, clusters_file
 from lightning_mem.attacks.side_report import arms_table, write_report
 from lightning_mem.attacks.side_scores import Arm, score_arms
@@ -29,31 +30,12 @@ from lightning_mem.diffusion.guidance import Classifier
 from lightning_mem.diffusion.sampling import network_of
 from lightning_mem.evaluation import Measure, cache_folder
 from lightning_mem.metrics import build_extractor
-from lightning_mem.modules import load_classifier
-from lightning_mem.randomness import derive_seed, generator
+from lightning_mem.randomness import generator
 from lightning_mem.records import Record, atomic_write, digest
 from lightning_mem.types import SampleSet, Weights
 
 Weighting = Literal["uniform", "cohesion", "size", "isolation"]
 """How the target clusters of samples are drawn: equally often, or in proportion to a number of the cluster."""
-
-
-def draw_targets(weights: Tensor, num_samples: int, seed: int) -> Tensor:
-    """The class of every sample, int64 [N]; addressed, so sample 17 has the same class in any number of samples.
-
-    Args:
-        weights: float64 [K'] >= 0, not all 0; classes are drawn in proportion to them.
-        num_samples: N.
-        seed: Of the draw.
-
-    Raises:
-        ValueError: If a weight is negative or not finite, or all are 0.
-    """
-    if not torch.isfinite(weights).all() or weights.min() < 0 or weights.sum() == 0:
-        raise ValueError(f"weights of clusters must be at least 0 and not all 0, got {weights.tolist()[:8]}")
-    shares = [derive_seed(seed, "target cluster", address) / 2**63 for address in range(num_samples)]
-    edges = weights.double().cumsum(0) / weights.double().sum()
-    return torch.searchsorted(edges, torch.tensor(shares, dtype=torch.float64), right=True).clamp(max=len(weights) - 1)
 
 
 def take_in_turn(classes: Tensor, wanted: Tensor) -> Tensor:
@@ -206,12 +188,7 @@ class SIDE(AbstractAttack):
         for arm, given in self.surrogates.items():
             if given is None:
                 continue
-            found = load_classifier(given, self.surrogate_weights)
-            if found.target_digest != scene_target.digest:
-                raise ValueError(
-                    f"{given} was trained for the target {found.target_digest}, but {path} is {scene_target.digest}: "
-                    "train a surrogate for this target (model.init_args.target), or attack the other one"
-                )
+            found = load_surrogate(given, self.surrogate_weights, scene_target, path)
             if found.time_dependent != (arm == "trained"):
                 word = "time-dependent" if found.time_dependent else "time-independent"
                 raise ValueError(f"{given} is a {word} classifier: give it as {self._option(found.time_dependent)}")
@@ -282,7 +259,7 @@ class SIDE(AbstractAttack):
         ones = [1.0] * about["num_targets"]
         names = {"cohesion": "cluster_cohesion", "isolation": "cluster_isolation", "size": "cluster_sizes"}
         weights = torch.tensor(about[names[self.targets]] if self.targets != "uniform" else ones, dtype=torch.float64)
-        wanted = draw_targets(weights.clamp(min=0), n, seed)
+        wanted = draw_targets(weights.clamp(min=0), unguided.addresses, seed)
         steps = scene.target.process.scheduler(self.drawing["sampler"], self.drawing["num_steps"]).timesteps
         arms = [Arm("none", unguided, evaluations=float(n * len(steps)), paired=True)]
         classifiers: dict[str, Classifier] = dict(self._loaded)

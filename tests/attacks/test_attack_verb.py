@@ -12,11 +12,13 @@ import pytest
 import torch
 import yaml
 from lightning.pytorch import LightningModule
+from victim import write_surrogate, write_target
 
-from lightning_mem.attacks import SIDE, PseudoLabels
+from lightning_mem.attacks import SIDE, PseudoLabels, SurrogateGuidance
 from lightning_mem.cli import run
 from lightning_mem.data import DigitsSource, MemorizationDataModule
 from lightning_mem.evaluation import blocks
+from lightning_mem.modules import load_classifier
 from lightning_mem.records import read_records
 from lightning_mem.trainer import MemorizationTrainer
 from lightning_mem.types import SampleSet
@@ -57,14 +59,20 @@ class LockedDigits(DigitsSource):
         return super().read(index, image_size, channels)
 
 
+def trainer_of(folder: str) -> MemorizationTrainer:
+    return MemorizationTrainer(default_root_dir=folder, accelerator="cpu", logger=False, enable_progress_bar=False)
+
+
+MODEL: Any = LightningModule()
+"""Verbs take the network from the checkpoint."""
+
+
 def attack(folder: str = "victim", source: DigitsSource | None = None, out: str | None = None, **options: Any) -> Path:
     """Run the verb without the command line; returns the folder of its results."""
     settings = yaml.safe_load(ATTACK)["attack"]["init_args"] | options
     labels = PseudoLabels(**settings.pop("pseudo_labels")["init_args"])
     data = MemorizationDataModule(source, 20, 24, flip=True)
-    trainer = MemorizationTrainer(default_root_dir=folder, accelerator="cpu", logger=False, enable_progress_bar=False)
-    model: Any = LightningModule()
-    trainer.attack(model, SIDE(pseudo_labels=labels, sample_seed=0, **settings), data, out=out)
+    trainer_of(folder).attack(MODEL, SIDE(pseudo_labels=labels, sample_seed=0, **settings), data, out=out)
     return Path(out) if out else next(Path(folder, "attacks").iterdir())
 
 
@@ -148,6 +156,31 @@ def test_another_model_than_the_run_trained_on_is_refused(target: str) -> None:
 def test_a_folder_that_holds_no_network_is_refused() -> None:
     with pytest.raises(ValueError, match="there is no trained network"):
         attack(folder="nowhere")
+
+
+def test_samples_are_drawn_under_guidance_by_a_class_or_by_drawn_ones(target: str) -> None:
+    surrogate = write_surrogate(target, 4, {"num_targets": 3})
+    trainer = trainer_of(target)
+
+    def sample(**options: Any) -> SampleSet:
+        given = SurrogateGuidance(surrogate, **options) if options else None
+        found = trainer.sample(MODEL, num_samples=66, num_steps=2, guidance=given)
+        assert found is not None
+        return found
+
+    plain, one, drawn = sample(), sample(label=1, guidance_scale=30.0), sample(guidance_scale=30.0)
+    assert len({found.digest for found in (plain, one, drawn)}) == 3
+    assert torch.equal(sample(label=1, guidance_scale=0.0).images, plain.images)
+    assert one.settings["guidance_scale"] == 30
+    assert len(list(Path(target, "samples").glob("last_raw_seed0_0-66*.npz"))) == 4
+    classifier, t = load_classifier(surrogate), torch.zeros(66, dtype=torch.int64)
+    log_p = [classifier(found.images / 127.5 - 1, t).log_softmax(1)[:, 1].mean() for found in (plain, one)]
+    assert log_p[1] > log_p[0]
+    with pytest.raises(ValueError, match=r"labels must lie in \[0, 4\), got 4 to 4"):
+        sample(label=4)
+    other = SurrogateGuidance(write_surrogate(write_target(Path("other"), seed=1), 3, {}))
+    with pytest.raises(ValueError, match="was trained for the target"):
+        trainer.sample(MODEL, num_samples=2, num_steps=2, guidance=other)
 
 
 def test_the_shipped_attack_lies_over_the_shipped_run() -> None:

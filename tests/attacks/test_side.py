@@ -9,18 +9,17 @@ import pytest
 import torch
 from scipy import stats
 from torch import Tensor
-from victim import patterns, scene_of, write_labels, write_target
+from victim import patterns, scene_of, write_labels, write_surrogate, write_target
 
 from lightning_mem.attacks import SIDE, Clusters, PseudoLabels
-from lightning_mem.attacks.side import draw_targets, take_in_turn
+from lightning_mem.attacks.guided import draw_targets
+from lightning_mem.attacks.side import take_in_turn
 from lightning_mem.attacks.side_report import arms_table
 from lightning_mem.attacks.side_scores import Arm, score_arms
 from lightning_mem.diffusion import DiffusionProcess, EmpiricalDenoiser
 from lightning_mem.evaluation import Measure, Reference
 from lightning_mem.metrics import PixelsExtractor
-from lightning_mem.modules import SurrogateModule, load_target
-from lightning_mem.modules.base import META
-from lightning_mem.networks import ClassifierConfig
+from lightning_mem.modules import load_target
 from lightning_mem.records import Record
 from lightning_mem.types import SampleSet
 
@@ -39,15 +38,15 @@ def by_arm(records: list[Record]) -> dict[tuple[str, str], Record]:
 
 def test_targets_are_drawn_in_proportion_and_by_address() -> None:
     weights = torch.tensor([1.0, 0.0, 2.0, 5.0])
-    found = draw_targets(weights, 4000, seed=3)
+    found = draw_targets(weights, torch.arange(4000), seed=3)
     counts = torch.bincount(found, minlength=4).numpy()
     assert counts[1] == 0
     expected = 4000 * np.array([1, 2, 5]) / 8
     assert stats.chisquare(counts[[0, 2, 3]], expected).pvalue > 0.01
-    assert torch.equal(draw_targets(weights, 50, seed=3), found[:50])
-    assert not torch.equal(draw_targets(weights, 50, seed=4), found[:50])
+    assert torch.equal(draw_targets(weights, torch.arange(20, 50), seed=3), found[20:50])
+    assert not torch.equal(draw_targets(weights, torch.arange(50), seed=4), found[:50])
     with pytest.raises(ValueError, match="at least 0 and not all 0"):
-        draw_targets(torch.tensor([-1.0, 2.0]), 4, 0)
+        draw_targets(torch.tensor([-1.0, 2.0]), torch.arange(4), 0)
 
 
 def test_each_wanted_class_takes_the_next_sample_that_serves_it() -> None:
@@ -198,7 +197,7 @@ def test_selection_takes_what_falls_into_kept_clusters_at_what_the_guided_arm_co
         found["selection_equal_cost", "hits"].n / (drawn * 5)
     )
     counts = np.bincount([int(row["target"]) for row in samples_of("selection_equal_cost")], minlength=5)
-    wanted = np.bincount(draw_targets(torch.ones(5), 70, 0), minlength=5)
+    wanted = np.bincount(draw_targets(torch.ones(5), torch.arange(70), 0), minlength=5)
     assert (counts <= wanted).all()
     with Path("results/tables/clusters.csv").open() as file:
         clusters = [row for row in csv.DictReader(file) if row["arm"] == "selection_equal_cost"]
@@ -242,18 +241,6 @@ def test_pictures_show_the_law_the_arms_and_the_bands() -> None:
 # --- what is refused -----------------------------------------------------------------------------------------------
 
 
-def surrogate(target: str, classes: int, pseudo_labels: dict[str, Any], time_dependent: bool = True) -> str:
-    """A checkpoint as training leaves it."""
-    config = ClassifierConfig(widths=(8,), blocks=(2,))
-    module = SurrogateModule(target, network=config, time_dependent=time_dependent, seed=0)
-    module.num_classes, module.pseudo_labels = classes, pseudo_labels
-    module._build()
-    meta = {"module": "SurrogateModule", "seed": 0, "step": 1, "members_digest": "", "num_members": 0}
-    path = f"surrogate{classes}{time_dependent}.ckpt"
-    torch.save({META: meta | module.checkpoint_meta(), "state_dict": module.state_dict()}, path)
-    return path
-
-
 def test_a_surrogate_of_another_target_or_kind_or_labelling_is_refused(target: str) -> None:
     model = load_target(target)
     images = patterns(6)
@@ -267,15 +254,20 @@ def test_a_surrogate_of_another_target_or_kind_or_labelling_is_refused(target: s
             attacked(scene, closed_form=False, num_steps=2, num_samples=4, **options)
 
     other = load_target(write_target(Path("other"), seed=1))
-    trained = surrogate(target, 3, own)
+    trained = write_surrogate(target, 3, own)
     refused(
         f"was trained for the target {model.digest}, but oracle is {other.digest}",
         scene_of(other, MEMBERS, HELDOUT),
         surrogate=trained,
     )
     refused("holds no pseudo-labels of the target", scene_of(other, MEMBERS, HELDOUT))
-    refused("is a time-independent classifier: give it as time_independent", surrogate=surrogate(target, 3, own, False))
-    refused("was trained on the labelled images other", surrogate=surrogate(target, 4, {"images_digest": "other"}))
+    refused(
+        "is a time-independent classifier: give it as time_independent",
+        surrogate=write_surrogate(target, 3, own, False),
+    )
+    refused(
+        "was trained on the labelled images other", surrogate=write_surrogate(target, 4, {"images_digest": "other"})
+    )
     refused("are not in home/pseudo_labels: say where", surrogate=trained, labels_file=None)
 
 
@@ -286,7 +278,7 @@ def test_trained_surrogates_guide_from_the_labels_they_were_trained_on(target: s
     labels = folder / "labels-0.npz"
     write_labels(labels, images, torch.arange(6) // 2, [0, 1, 2], PixelsExtractor()(images)[::2], model.digest)
     own = {"images_digest": SampleSet.load(labels).digest}
-    options = {"surrogate": surrogate(target, 3, own), "time_independent": surrogate(target, 3, own, False)}
+    options = {"surrogate": write_surrogate(target, 3, own), "time_independent": write_surrogate(target, 3, own, False)}
     scene = scene_of(model, MEMBERS, HELDOUT)
     found = by_arm(attacked(scene, **options, labels_file=None, num_steps=2, num_samples=6, guidance_scale=5.0))
     arms = ["none", "trained", "time_independent", "closed_form", "selection", "selection_equal_cost"]

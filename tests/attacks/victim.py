@@ -13,9 +13,9 @@ from lightning_mem.diffusion import DiffusionProcess, Target, guidance_settings
 from lightning_mem.evaluation import Reference
 from lightning_mem.evaluation.blocks import draw_block
 from lightning_mem.metrics import PixelsExtractor
-from lightning_mem.modules import DenoiserModule
+from lightning_mem.modules import DenoiserModule, SurrogateModule
 from lightning_mem.modules.base import META
-from lightning_mem.networks import UNetConfig
+from lightning_mem.networks import ClassifierConfig, UNetConfig
 from lightning_mem.types import SampleSet
 
 
@@ -29,6 +29,18 @@ def write_target(folder: Path, seed: int = 0) -> str:
     checkpoint = {META: meta | module.checkpoint_meta(), "state_dict": module.state_dict()}
     torch.save(checkpoint, folder / "checkpoints" / "last.ckpt")
     return str(folder)
+
+
+def write_surrogate(target: str, classes: int, pseudo_labels: dict[str, Any], time_dependent: bool = True) -> str:
+    """A checkpoint as training leaves it."""
+    config = ClassifierConfig(widths=(8,), blocks=(2,))
+    module = SurrogateModule(target, network=config, time_dependent=time_dependent, seed=0)
+    module.num_classes, module.pseudo_labels = classes, pseudo_labels
+    module._build()
+    meta = {"module": "SurrogateModule", "seed": 0, "step": 1, "members_digest": "", "num_members": 0}
+    path = f"surrogate{classes}{time_dependent}.ckpt"
+    torch.save({META: meta | module.checkpoint_meta(), "state_dict": module.state_dict()}, path)
+    return path
 
 
 def patterns(count: int, seed: int = 0) -> Tensor:
