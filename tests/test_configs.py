@@ -15,12 +15,17 @@ from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from PIL import Image
 
 from lightning_mem.cli import MemorizationCLI, run
+from lightning_mem.modules import DenoiserModule, load_classifier, load_target
+from lightning_mem.modules.base import META
+from lightning_mem.networks import ClassifierConfig, UNetConfig, build_classifier
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 OVERLAYS = sorted((CONFIGS / "overlays").glob("*.yaml"))
-RUNS = sorted(set(CONFIGS.glob("*/*.yaml")) - set(OVERLAYS))
+SURROGATES = sorted(CONFIGS.glob("*/surrogate.yaml"))
+RUNS = sorted(set(CONFIGS.glob("*/*.yaml")) - set(OVERLAYS) - set(SURROGATES))
 DIGITS = CONFIGS / "digits" / "denoiser.yaml"
 DEBUG = CONFIGS / "overlays" / "debug.yaml"
+DEBUG_CLASSIFIER, GPU = CONFIGS / "overlays" / "debug_classifier.yaml", CONFIGS / "overlays" / "gpu.yaml"
 STOP = CONFIGS / "overlays" / "stop_before_memorizing.yaml"
 EVALUATION, BEST = "lightning_mem.callbacks.SampleEvaluation", "lightning.pytorch.callbacks.ModelCheckpoint"
 
@@ -111,7 +116,7 @@ MATERIAL = {
 """Tiny data in the true format, written into a folder, and the options that point there and shrink the network."""
 
 
-@pytest.mark.parametrize("file", RUNS, ids=name)
+@pytest.mark.parametrize("file", [*RUNS, *SURROGATES], ids=name)
 def test_a_run_parses_says_what_it_answers_and_names_its_folder(file: Path) -> None:
     text = file.read_text()
     assert text.startswith("# ")
@@ -122,15 +127,52 @@ def test_a_run_parses_says_what_it_answers_and_names_its_folder(file: Path) -> N
     assert {"weights_only", "ckpt_path"} <= written.keys()
     assert Path(written["trainer"]["default_root_dir"]).parent == Path("runs")
     assert written["trainer"]["logger"]["init_args"]["offline"] is True
+    assert config["data"]["num_heldout"] > 0
+
+
+@pytest.mark.parametrize("file", RUNS, ids=name)
+def test_a_denoiser_is_measured_and_its_best_is_the_nearest_to_unseen_images(file: Path) -> None:
+    config = parsed(file)
     assert classes(config) == ["EMA", "SampleEvaluation", "Gallery", "ModelCheckpoint"]
     by_class = dict(zip(classes(config), config["trainer"]["callbacks"], strict=True))
     best, evaluation = (by_class[k]["init_args"] for k in ("ModelCheckpoint", "SampleEvaluation"))
     assert (best["monitor"], best["mode"]) == (f"frechet/{evaluation['extractors'][0]}/heldout", "min")
-    assert config["data"]["num_heldout"] > 0
+
+
+@pytest.mark.parametrize("file", SURROGATES, ids=name)
+def test_a_surrogate_names_one_target_stops_early_and_takes_the_gpu_overlay(file: Path) -> None:
+    config = parsed(file, GPU)
+    assert config["model"]["init_args"]["target"] == config["data"]["source"]["init_args"]["target"]
+    assert config["model"]["init_args"]["compile"] is True
+    denoiser = yaml.safe_load((file.parent / "denoiser.yaml").read_text())
+    assert config["model"]["init_args"]["target"] == denoiser["trainer"]["default_root_dir"]
+    assert [config["data"][k] for k in ("image_size", "channels")] == [
+        denoiser["data"][k] for k in ("image_size", "channels")
+    ]
+    assert classes(config)[-3:] == ["ClassifierRecords", "EarlyStopping", "ModelCheckpoint"]
+    for callback in config["trainer"]["callbacks"][-2:]:
+        assert (callback["init_args"]["monitor"], callback["init_args"]["mode"]) == ("val/loss", "min")
+    network = config["model"]["init_args"]["network"]
+    with torch.device("meta"):
+        sizes = (config["data"]["image_size"], config["data"]["channels"])
+        build_classifier(ClassifierConfig(**network), *sizes, num_classes=100)
+
+
+@pytest.mark.parametrize("file", [f for f in SURROGATES if f.parent.name != "digits"], ids=name)
+def test_a_surrogate_at_the_papers_settings_has_its_numbers(file: Path) -> None:
+    config = parsed(file)
+    source, model = config["data"]["source"]["init_args"], config["model"]["init_args"]
+    stated = {"num_clusters": 100, "tau": 0.5, "extractor": "sscd", "dropped": "relabel"}
+    assert {k: source[k] for k in stated} == stated
+    assert (model["network"]["backbone"], model["labels_as"], model["time_dependent"]) == ("resnet34", "hard", True)
+    assert (model["optimizer"]["init_args"]["lr"], config["data"]["batch_size"]) == (1e-4, 64)
+    members = source["num_images"] - config["data"]["num_heldout"]
+    assert members == 10_000
+    assert config["trainer"]["max_steps"] == 20 * -(-members // 64)
 
 
 def test_run_folders_are_told_apart() -> None:
-    folders = [yaml.safe_load(file.read_text())["trainer"]["default_root_dir"] for file in RUNS]
+    folders = [yaml.safe_load(f.read_text())["trainer"]["default_root_dir"] for f in [*RUNS, *SURROGATES]]
     assert len(set(folders)) == len(folders)
 
 
@@ -154,9 +196,13 @@ CHANGES = {
 }
 
 
+CHANGES["debug_classifier"] = CHANGES["debug"]
+
+
 @pytest.mark.parametrize("file", OVERLAYS, ids=name)
 def test_an_overlay_changes_what_it_says_and_nothing_else(file: Path) -> None:
-    plain, laid = parsed(DIGITS), parsed(DIGITS, file)
+    laid_over = DIGITS.with_name("surrogate.yaml") if file == DEBUG_CLASSIFIER else DIGITS
+    plain, laid = parsed(laid_over), parsed(laid_over, file)
     assert changed(plain, laid) == CHANGES[file.stem]
     assert file.read_text().startswith("# ")
 
@@ -178,6 +224,45 @@ def test_every_run_trains_under_the_debug_overlay(file: Path, tmp_path: Path) ->
     assert (folder / "checkpoints" / "best.ckpt").is_file()
     assert (folder / "images" / "pairs_step000004.png").is_file()
     assert json.loads((folder / "summary.json").read_text())["step"] == 4
+
+
+class TinyCopies(torch.nn.Module):
+    """Stands in for SSCD, whose file is not here."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.normalize(torch.nn.functional.adaptive_avg_pool2d(x, 4).flatten(1))
+
+
+def target(root: Path, size: int, channels: int) -> str:
+    """A run folder with an untrained denoiser."""
+    torch.manual_seed(0)
+    module = DenoiserModule(size, channels, network=UNetConfig((8,), norm_num_groups=4, mid_attention=False))
+    meta = {"module": "DenoiserModule", "seed": 0, "step": 1, "members_digest": "", "num_members": 0}
+    (root / "target" / "checkpoints").mkdir(parents=True)
+    checkpoint = {META: meta | module.checkpoint_meta(), "state_dict": module.state_dict()}
+    torch.save(checkpoint, root / "target" / "checkpoints" / "last.ckpt")
+    return str(root / "target")
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.:FutureWarning")
+@pytest.mark.parametrize("file", SURROGATES, ids=name)
+def test_every_surrogate_draws_labels_and_trains_under_its_debug_overlay(file: Path, tmp_path: Path) -> None:
+    data = parsed(file)["data"]
+    path = target(tmp_path, data["image_size"], data["channels"])
+    options = ["--model.init_args.target", path, "--data.source.init_args.target", path, *QUIET]
+    if data["source"]["init_args"]["extractor"] == "sscd":
+        torch.jit.save(torch.jit.script(TinyCopies().eval()), tmp_path / "sscd.pt")
+        options += ["--data.source.init_args.extractor_weights", str(tmp_path / "sscd.pt")]
+        options += ["--model.init_args.network.backbone", "small", "--model.init_args.network.widths", "[8,16]"]
+    few = {"num_images": 40, "num_clusters": 4, "num_steps": 2, "min_size": 1}
+    options += [part for k, v in few.items() for part in (f"--data.source.init_args.{k}", str(v))]
+    options += ["--data.num_heldout", "8", "--data.batch_size", "4"]
+    command = run(["fit", "--config", str(file), "--config", str(DEBUG_CLASSIFIER), *options])
+    assert command.trainer.global_step == 4
+    classifier = load_classifier("runs/debug_classifier")
+    assert 2 <= classifier.num_classes <= 5
+    assert classifier.pseudo_labels["num_clusters"] == 4
+    assert classifier.target_digest == classifier.pseudo_labels["target_digest"] == load_target(path).digest
 
 
 def callbacks(**evaluation: object) -> list[str]:

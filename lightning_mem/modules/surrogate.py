@@ -69,6 +69,8 @@ class SurrogateModule(AbstractModule):
         bins: Timestep bins of the validation.
         optimizer: Optimizer by class_path.
         lr_scheduler: Learning-rate schedule by class_path, stepped once per optimizer step.
+        channels_last: Keep weights in channels-last order; faster on recent GPUs.
+        compile: Compile the network with torch.compile for training.
         seed: Of initial weights, noise, timesteps and dropout; null takes ``seed_everything``.
 
     Raises:
@@ -92,6 +94,8 @@ class SurrogateModule(AbstractModule):
         bins: int = 5,
         optimizer: OptimizerCallable = torch.optim.AdamW,
         lr_scheduler: LRSchedulerCallable | None = None,
+        channels_last: bool = False,
+        compile: bool = False,
         seed: int | None = None,
     ) -> None:
         super().__init__(optimizer, lr_scheduler, seed)
@@ -114,6 +118,7 @@ class SurrogateModule(AbstractModule):
         self.labels_as: LabelForm = labels_as
         self.label_smoothing = label_smoothing
         self.bins = timestep_bins(low, high, bins)
+        self._channels_last, self._compile = channels_last, compile
         self.num_classes = 0
         self.pseudo_labels: dict[str, Any] = {}
         self.classifier: TimeClassifier | None = None
@@ -143,6 +148,8 @@ class SurrogateModule(AbstractModule):
         with torch.random.fork_rng(devices=[]), torch.device("cpu"):
             torch.default_generator.manual_seed(derive_seed(self.seed, "initial weights"))
             self.classifier = build_classifier(self.network, size, channels, self.num_classes, self.time_dependent)
+        if self._channels_last:
+            self.classifier.to(memory_format=torch.channels_last)
 
     def _checked_data(self, data: MemorizationDataModule) -> tuple[int, dict[str, Any]]:
         """Number of classes and origin of the labels."""
@@ -184,7 +191,9 @@ class SurrogateModule(AbstractModule):
         return self._network()(x_t, t).float()
 
     def on_fit_start(self) -> None:
-        """Make the posterior ready, if it is asked for; it is not kept after the training."""
+        """Compile the network and make the posterior ready, if asked for; neither is kept after the training."""
+        if self._compile:
+            self._network().compile()
         data = self._datamodule()
         if self.labels_as == "posterior" and data is not None and data.members.labels is not None:
             images, owners = data.bank()
