@@ -20,11 +20,13 @@ from lightning_mem.records import TIME_FIELDS
 
 TINY = Path(__file__).parent / "tiny.yaml"
 TINY_SURROGATE = Path(__file__).parent / "tiny_surrogate.yaml"
+TINY_ATTACK = Path(__file__).parent / "tiny_attack.yaml"
 TWO = ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
 # dropout draws per process: off, so that the two trainings compute the same thing
 TRAINING = ["--model.init_args.network.dropout", "0", "--trainer.max_steps", "20"]
 TRAINING += ["--trainer.val_check_interval", "20", "--trainer.log_every_n_steps", "1"]
 SAMPLING = ["--num_samples", "130", "--num_steps", "3"]
+ATTACKING = ["--config", str(TINY_ATTACK), "--attack.init_args.num_samples", "130"]
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +53,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
             os.remove(folder / name / "results.jsonl")
         run(command("validate", "measured1", "--data.batch_size", "7"))
         run(command("sample", "measured1", *SAMPLING))
+        run(command("attack", "measured1", *ATTACKING))
         run(surrogate("surrogate1"))
     commands = folder / "commands.json"
     commands.write_text(
@@ -59,6 +62,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 command("fit", "trained2", *TRAINING, *TWO),
                 command("validate", "measured2", "--data.batch_size", "64", *TWO),
                 command("sample", "measured2", *SAMPLING, *TWO),
+                command("attack", "measured2", *ATTACKING, *TWO),
                 surrogate("surrogate2", *TWO),
             ]
         )
@@ -166,3 +170,15 @@ def test_a_surrogate_on_two_processes_follows_the_same_curve(runs: Path) -> None
 
 def test_a_surrogate_answers_in_a_fresh_process_from_its_checkpoint_alone(runs: Path) -> None:
     assert ranks.answers(runs) == json.loads((runs / "answers.json").read_text())
+
+
+def test_an_attack_on_two_processes_draws_the_same_samples_and_writes_the_same_records(runs: Path) -> None:
+    one, two = (next((runs / folder / "attacks").iterdir()) for folder in ("measured1", "measured2"))
+    assert one.name == two.name
+    drawn = sorted(path.name for path in (one / "samples").glob("*.json"))
+    assert drawn == ["closed_form.json", "unguided.json", "unguided_more.json"]
+    for name in drawn:
+        manifests = [json.loads((folder / "samples" / name).read_text()) for folder in (one, two)]
+        assert manifests[0] == manifests[1]
+    assert len(records(one)) > 20
+    assert records(one) == records(two)

@@ -24,29 +24,8 @@ from lightning_mem.trainer import MemorizationTrainer
 from lightning_mem.types import SampleSet
 
 TESTS = Path(__file__).parent.parent
-TINY = TESTS / "tiny.yaml"
+TINY, ATTACK = TESTS / "tiny.yaml", TESTS / "tiny_attack.yaml"
 CONFIGS = TESTS.parent / "configs"
-
-ATTACK = """
-attack:
-  class_path: lightning_mem.attacks.SIDE
-  init_args:
-    closed_form: true
-    guidance_scale: 1.0
-    num_samples: 70
-    num_steps: 2
-    cost_ratio: 0.5
-    cache_dir: null
-    pictures: false
-    pseudo_labels:
-      class_path: lightning_mem.attacks.PseudoLabels
-      init_args:
-        num_images: 70
-        num_clusters: 6
-        extractor: pixels
-        num_steps: 2
-        n_init: 1
-"""
 
 
 class LockedDigits(DigitsSource):
@@ -69,7 +48,7 @@ MODEL: Any = LightningModule()
 
 def attack(folder: str = "victim", source: DigitsSource | None = None, out: str | None = None, **options: Any) -> Path:
     """Run the verb without the command line; returns the folder of its results."""
-    settings = yaml.safe_load(ATTACK)["attack"]["init_args"] | options
+    settings = yaml.safe_load(ATTACK.read_text())["attack"]["init_args"] | options
     labels = PseudoLabels(**settings.pop("pseudo_labels")["init_args"])
     data = MemorizationDataModule(source, 20, 24, flip=True)
     trainer_of(folder).attack(MODEL, SIDE(pseudo_labels=labels, sample_seed=0, **settings), data, out=out)
@@ -84,8 +63,7 @@ def plain(folder: Path) -> list[dict[str, Any]]:
 def test_one_command_attacks_a_run_and_a_second_one_adds_nothing(
     target: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    Path("attack.yaml").write_text(ATTACK)
-    files = ["--config", str(TINY), "--config", "attack.yaml", "--trainer.default_root_dir", target]
+    files = ["--config", str(TINY), "--config", str(ATTACK), "--trainer.default_root_dir", target]
     run(["attack", *files, "--data.source", f"{__name__}.LockedDigits"])
     folder = next(Path(target, "attacks").iterdir())
     shown = capsys.readouterr()
