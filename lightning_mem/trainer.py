@@ -330,16 +330,7 @@ class MemorizationTrainer(Trainer):
             return Reference.from_datamodule(datamodule)
 
         scene = Scene(
-            target,
-            path,
-            self.folder,
-            folder,
-            blocks,
-            read,
-            workers_of(self),
-            self._on_the_first,
-            step,
-            self.config_digest,
+            target, self.folder, folder, blocks, read, workers_of(self), self._on_the_first, step, self.config_digest
         )
         records = attack.run(scene)
         if self.is_global_zero:

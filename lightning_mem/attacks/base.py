@@ -31,7 +31,6 @@ class Scene:
 
     Args:
         target: The model.
-        path: Where it came from: a checkpoint or a diffusers folder.
         home: Run folder of the target.
         folder: Of the attack's results.
         blocks: Draws samples.
@@ -43,7 +42,6 @@ class Scene:
     """
 
     target: Target
-    path: str
     home: Path
     folder: Path
     blocks: DrawBlocks
@@ -108,8 +106,13 @@ class AbstractAttack(ABC):
     threat_model: str
 
     @abstractmethod
-    def identity(self, scene_target: Target, path: str, home: Path) -> str:
+    def identity(self, target: Target, path: str, home: Path) -> str:
         """Digest of everything that decides the result; names the folder of the results.
+
+        Args:
+            target: What will be attacked.
+            path: Where it came from: a checkpoint or a diffusers folder.
+            home: Its run folder.
 
         Raises:
             ValueError: If something the attack was given does not fit the target.

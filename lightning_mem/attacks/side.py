@@ -182,19 +182,19 @@ class SIDE(AbstractAttack):
 
     # --- what it was given ---------------------------------------------------------------------------------------
 
-    def identity(self, scene_target: Target, path: str, home: Path) -> str:
+    def identity(self, target: Target, path: str, home: Path) -> str:
         """Digest of target, surrogates, labelled images and settings; see :class:`AbstractAttack`."""
         self._loaded = {}
         for arm, given in self.surrogates.items():
             if given is None:
                 continue
-            found = load_surrogate(given, self.surrogate_weights, scene_target, path)
+            found = load_surrogate(given, self.surrogate_weights, target, path)
             if found.time_dependent != (arm == "trained"):
                 word = "time-dependent" if found.time_dependent else "time-independent"
                 raise ValueError(f"{given} is a {word} classifier: give it as {self._option(found.time_dependent)}")
             self._loaded[arm] = found
         if self.pseudo_labels is not None:
-            self.pseudo_labels.take_target(path, scene_target.weights)
+            self.pseudo_labels.take_target(path, target.weights)
         self._file = self._labels(home)
         settings = {
             **self.guidance, **self.drawing, "targets": self.targets, "selection": self.selection,
@@ -202,7 +202,7 @@ class SIDE(AbstractAttack):
             "closed_form": self.closed_form, "cost_ratio": self.cost_ratio,
         }  # fmt: skip
         networks = {arm: classifier.digest for arm, classifier in self._loaded.items()}
-        return digest(scene_target.digest, networks, self._file.name, settings)
+        return digest(target.digest, networks, self._file.name, settings)
 
     @staticmethod
     def _option(time_dependent: bool) -> str:
@@ -352,6 +352,7 @@ class SIDE(AbstractAttack):
         keys = ("num_clusters", "num_targets", "num_classes", "tau", "keep", "rank", "min_size", "centered", "dropped")
         return {
             "labels_digest": labels_digest, "labels_images": about["num_images"],
+            "labels_evaluations": about["num_images"] * int(about.get("num_steps", 0)),  # paid once, in no cost
             "labels_extractor": about["extractor"], "targets": self.targets, **{key: about[key] for key in keys},
         }  # fmt: skip
 

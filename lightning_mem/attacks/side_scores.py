@@ -102,7 +102,37 @@ def score_arms(arms: list[Arm], measure: Measure, *, step: int, config_digest: s
         score = Score(arm, records, measurement, images)
         base = scores[0] if scores else None
         scores.append(replace(score, records=records + _extra(score, base, measure)))
-    return scores
+    fair = next((score for score in scores if score.arm.name == "selection_equal_cost" and len(score.hits)), None)
+    if fair is None:
+        return scores
+    return [
+        replace(score, records=[*score.records, _over_selection(score, fair)])
+        if score.arm.paired and score.arm.name != "none"
+        else score
+        for score in scores
+    ]
+
+
+def _over_selection(score: Score, fair: Score) -> Record:
+    """Hits of a guided arm over those of the selection that cost as much; a bootstrap over all samples of both."""
+    hits, guided = torch.cat([score.hits, fair.hits]), torch.zeros(len(score.hits) + len(fair.hits), dtype=torch.bool)
+    guided[: len(score.hits)] = True
+
+    def ratio(hits: Tensor, guided: Tensor) -> Tensor:
+        mine, theirs = (((hits & part).sum() / part.sum().clamp(min=1)) for part in (guided, ~guided))
+        return mine / theirs.clamp(min=0.5 / len(fair.hits))
+
+    like = next(record for record in score.records if record.name == f"{PREFIX}hits")
+    definition = {key: value for key, value in like.definition.items() if key != "interval"}
+    named = replace(like, name=f"{PREFIX}gain_over_selection", unit="ratio", low=None, high=None)
+    if not fair.hits.any():
+        return replace(named, value=None, definition={**definition, "undefined": "the selection has no hit"})
+    definition["base_samples"] = len(fair.hits)
+    low, high = None, None
+    if int(fair.hits.sum()) >= FEWEST_HITS:
+        low, high = bootstrap_interval(ratio, hits, guided)
+        definition["interval"] = "bootstrap 95%"
+    return replace(named, value=float(ratio(hits, guided)), low=low, high=high, definition=definition)
 
 
 def _renamed(record: Record, arm: Arm, rule: str) -> Record | None:

@@ -122,6 +122,23 @@ def test_the_gain_of_a_selection_is_that_of_its_rows_over_its_pool() -> None:
     assert found["selection", "hits_per_evaluation"].value == pytest.approx(10 / 80)
 
 
+def test_a_guided_arm_is_compared_with_the_selection_that_cost_as_much() -> None:
+    pool, guided = planted(list(range(20)), 80, 2), planted(list(range(32)), 80, 3)
+    places = torch.arange(10, 30)
+    chosen = SampleSet(pool.images[places], pool.addresses[places], None, "raw", pool.settings)
+    arms = [Arm("none", pool, 80.0, paired=True), Arm("trained", guided, 80.0, paired=True)]
+    fair = Arm("selection_equal_cost", chosen, 80.0, targets=torch.zeros(20).long(), places=places, pool=pool)
+    found = scored([*arms, fair])
+    over = found["trained", "gain_over_selection"]
+    assert over.value == pytest.approx(0.4 / 0.5)
+    # the logarithm of a ratio of two independent shares, by the delta method
+    error = (0.6 / 0.4 / 80 + 0.5 / 0.5 / 20) ** 0.5
+    assert over.low is not None
+    assert over.high is not None
+    assert np.log(over.high / over.low) == pytest.approx(2 * 1.96 * error, rel=0.25)
+    assert ("none", "gain_over_selection") not in found
+
+
 def test_a_selection_that_picks_nothing_says_so() -> None:
     pool = planted([1], 20, 2)
     empty = SampleSet(pool.images[:0], pool.addresses[:0])

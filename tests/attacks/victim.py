@@ -70,4 +70,4 @@ def scene_of(target: Target, members: Tensor, heldout: Tensor, folder: Path = Pa
         addresses = torch.arange(first, first + count)
         return draw_block(target, addresses, {**settings, **guidance_settings(guidance)}, guidance)
 
-    return Scene(target, "oracle", Path("home"), folder, blocks, lambda: Reference.from_images(members, heldout))
+    return Scene(target, Path("home"), folder, blocks, lambda: Reference.from_images(members, heldout))
