@@ -31,8 +31,8 @@ SURROGATE = "SurrogateModule"
 PARENTS = {"target", "surrogate", "time_independent"}
 """Keys whose value is the folder of a run that this one builds on: it counts by what made it, not by its place."""
 
-OF_THE_PROCESS = {"ckpt_path", "config", "out", "trainer", "weights_only"}
-"""Settings of an attack that say where it happens; its target's Trainer is part of the target."""
+OF_THE_PROCESS = {"config", "out", "trainer", "weights_only"}
+"""Settings of an attack that say where it happens; its Trainer names the run folder of its target, a parent."""
 
 
 def verb_of(config: Mapping[str, Any]) -> Verb:
@@ -56,15 +56,14 @@ def deciding(config: Mapping[str, Any], identify: Callable[[str], str] = str) ->
             data[part] = digest(read_indices(data[part], part))
     found: dict[str, Any] = {"seed": config["seed_everything"], "model": config["model"], "data": data}
     if verb_of(config) == "attack":
-        found |= {
-            key: value for key, value in config.items() if key not in {*found, *OF_THE_PROCESS, "seed_everything"}
-        }
-        return _identified(found, identify)
+        passed = {*found, *OF_THE_PROCESS, "seed_everything"}
+        own = {key: value for key, value in config.items() if key not in passed}
+        return _identified({**found, **own, "target": config["trainer"]["default_root_dir"]}, identify)
     trainer = {key: value for key, value in config["trainer"].items() if key not in NOT_DECIDING}
     callbacks = trainer.get("callbacks") or []
     callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
-    passed = LOOKING_ON - ({"ModelCheckpoint"} if config["model"].get("class_path", "").endswith(SURROGATE) else set())
-    trainer["callbacks"] = [c for c in callbacks if c["class_path"].rsplit(".", 1)[-1] not in passed]
+    passing = LOOKING_ON - ({"ModelCheckpoint"} if config["model"].get("class_path", "").endswith(SURROGATE) else set())
+    trainer["callbacks"] = [c for c in callbacks if c["class_path"].rsplit(".", 1)[-1] not in passing]
     return _identified({**found, "trainer": trainer}, identify)
 
 
@@ -203,7 +202,7 @@ class FinishedRuns:
 
         The images of a run that builds on another follow from the other's: they are not read.
         """
-        wanted, derived = self.deciding(config), bool(parents_of(config)) or verb_of(config) == "attack"
+        wanted, derived = self.deciding(config), bool(parents_of(config))
         for folder in self._folders.get(self._key(config), []):
             if self.settings_of(folder) == wanted and (derived or data_digest_in(folder) == data_digest_of(config)):
                 return folder

@@ -225,6 +225,17 @@ def test_a_run_on_another_target_is_not_reused_though_the_folders_name_is_the_sa
         run(sweep(overrides=Settings({"trainer": {"max_steps": 20}})), "runs/one", reuse=[])
 
 
+def test_an_attack_without_a_surrogate_is_not_reused_on_a_target_that_trained_longer(chains: Chains) -> None:
+    run(sweep(surrogate=None), "runs/one")
+    chains.rows.clear()
+    longer = Settings({"trainer": {"max_steps": 20}})
+    run(sweep(surrogate=None, overrides=longer), "runs/two")
+    assert chains.rows == names(sweep(surrogate=None))
+    chains.rows.clear()
+    run(sweep(surrogate=None, values=[1.0], overrides=longer), "runs/three")
+    assert chains.rows == []
+
+
 def test_a_parent_counts_by_its_settings_wherever_it_lies(chains: Chains) -> None:
     run(sweep(), "runs/one")
     Path("moved").mkdir()
