@@ -156,3 +156,6 @@ def test_a_file_of_labelled_images_tells_the_same_story(target: str) -> None:
     assert ArraySource(str(labelled.file)).provenance() == labelled.provenance()
     np.savez("plain.npz", arr_0=np.zeros((2, 8, 8, 1), np.uint8))
     assert ArraySource("plain.npz").provenance() == {}
+    Path("plain.json").write_text("[]")
+    with pytest.raises(ValueError, match="plain.json is no manifest of a SampleSet"):
+        ArraySource("plain.npz").provenance()
