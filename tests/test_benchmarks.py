@@ -93,9 +93,10 @@ def test_neighbours_are_compared_with_every_peer_and_checked(
 def test_memory_of_a_peak_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     script = importlib.import_module("neighbors")
-    with script.peak_memory() as peak:
-        # a mapping of its own: an allocator may hand out pages that the process already holds
-        with mmap.mmap(-1, 64 * 2**20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as held:
-            held.write(b"\1" * len(held))  # written: untouched pages take no memory
-            time.sleep(0.05)
+    # a mapping of its own: an allocator may hand out pages that the process already holds
+    own = mmap.mmap(-1, 64 * 2**20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    ones = b"\1" * len(own)
+    with script.peak_memory() as peak, own:
+        own.write(ones)  # untouched pages take no memory
+        time.sleep(0.05)
     assert 60 * 2**20 < peak["extra"] < 80 * 2**20

@@ -42,7 +42,7 @@ def arms_table(records: Sequence[Record]) -> Table:
         table.add_column(heading, justify="left" if heading == "arm" else "right", no_wrap=True)
     for arm in dict.fromkeys(str(record.definition["surrogate"]) for record in records):
         own = {r.name.removeprefix(PREFIX): r for r in records if r.definition["surrogate"] == arm}
-        numbers = [_short(own.get(name)) for name in ("hits", "hits_heldout", "unique_share", "gain")]
+        numbers = [_short(own.get(name)) for name in ("hits", "hits_heldout", "unique_share", "ams_gain")]
         numbers[1:3] = [number.partition(" ")[0] for number in numbers[1:3]]
         cost = own.get("hits_per_evaluation")
         per = "" if cost is None or cost.value is None else f"{1000 * cost.value:.1f}"

@@ -213,12 +213,12 @@ def _gains(score: Score, base: Score, measure: Measure, number: Any) -> list[Rec
         return (a & own).sum() / own.sum().clamp(min=1) / b.double().mean().clamp(min=0.5 / len(b))
 
     if not theirs.any():
-        return [number("gain", None, unit="ratio", undefined="the unguided arm has no hit")]
+        return [number("ams_gain", None, unit="ratio", undefined="the unguided arm has no hit")]
     interval = None
     if int(theirs.sum()) >= FEWEST_HITS:
         interval = bootstrap_interval(ratio, mine, chosen, theirs)
     how = {} if interval is None else {"interval": BOOTSTRAP}
-    found = [number("gain", float(ratio(mine, chosen, theirs)), interval, "ratio", base_samples=len(theirs), **how)]
+    found = [number("ams_gain", float(ratio(mine, chosen, theirs)), interval, "ratio", base_samples=len(theirs), **how)]
     if arm.paired and score.images is not None and base.images is not None:
         found.append(_unique_gain(score, base, number))
     return found

@@ -66,6 +66,43 @@ def pooled_share(shares: Sequence[float], n: int) -> tuple[float, float, float]:
     return math.fsum(shares) / len(shares), low, high
 
 
+def pooled_ratio(
+    ratios: Sequence[float], intervals: Sequence[tuple[float, float]] = ()
+) -> tuple[float, float | None, float | None]:
+    r"""Geometric mean of a ratio over seeds, with an interval that is never narrower than either source of doubt alone.
+
+    .. math:: \exp\left(\overline{\log r} \pm \max\left(t_{k-1}\,\frac{s}{\sqrt k},\
+        1.96\,\frac{\sqrt{\sum_i \sigma_i^2}}{k}\right)\right)
+
+    s is the deviation of the k logarithms, over seeds; :math:`\sigma_i` is the error within a seed, over its samples:
+    the width of its 95 % interval on the logarithmic scale over 3.92. One seed has the second only.
+
+    Args:
+        ratios: One per seed, at least 0.
+        intervals: Of each, over its samples; empty where they are not known.
+
+    Returns:
+        ``(mean, low, high)``; the plain mean without ends where a ratio is 0, or where neither doubt is known.
+
+    Raises:
+        ValueError: If there is no ratio, one is negative, or the numbers of ratios and intervals differ.
+    """
+    if not ratios or min(ratios) < 0 or (intervals and len(intervals) != len(ratios)):
+        raise ValueError(f"ratios must be at least 0 and one per interval, got {list(ratios)} and {list(intervals)}")
+    if min(ratios) == 0:
+        return math.fsum(ratios) / len(ratios), None, None
+    logs = [math.log(ratio) for ratio in ratios]
+    mean, halves = math.fsum(logs) / len(logs), []
+    if intervals and all(low > 0 for low, _ in intervals):
+        errors = [math.log(high / low) / 3.92 for low, high in intervals]
+        halves.append(1.96 * math.sqrt(math.fsum(error**2 for error in errors)) / len(logs))
+    if len(logs) > 1:
+        halves.append(seeds_interval(logs)[1] - mean)
+    if not halves:
+        return math.exp(mean), None, None
+    return math.exp(mean), math.exp(mean - max(halves)), math.exp(mean + max(halves))
+
+
 def level_crossing(x: Sequence[float], y: Sequence[float], level: float) -> float | None:
     r"""Where a curve over x leaves a level for good, by linear interpolation.
 

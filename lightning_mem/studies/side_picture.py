@@ -12,6 +12,7 @@ from lightning_mem.studies.shown import in_words, select
 
 UNGUIDED = "none"
 HITS, CONTROL, UNIQUE = "attack/side/hits", "attack/side/hits_heldout", "attack/side/unique_share"
+TIMES = "attack/side/ams_gain"
 AMS, UMS = "attack/side/ams/", "attack/side/ums/"
 
 WORDS = {
@@ -125,7 +126,8 @@ def _draw(
 def sweep_table(records: Sequence[Record], parameter: str, words: Sequence[str]) -> str:
     """The sweep in Markdown: one line per value and arm, then the shapes."""
     bands = bands_of(records)
-    heads = [parameter, "arm", "seeds", "hits", "above unguided", "held-out control", "distinct images"]
+    heads = [parameter, "arm", "seeds", "hits", "over unguided", "above unguided"]
+    heads += ["held-out control", "distinct images"]
     heads += [f"AMS {band}" for band in bands] + [f"UMS {band}" for band in bands]
     lines = ["| " + " | ".join(heads) + " |", "|" + " --- |" * len(heads)]
     for word in words:
@@ -135,7 +137,7 @@ def sweep_table(records: Sequence[Record], parameter: str, words: Sequence[str])
             if not rows[0]:
                 continue
             gain = select(records, "sweep/gain", of="hits", **cell)
-            rows.insert(1, gain)
+            rows[1:1] = [select(records, TIMES, **cell), gain]
             rows += [select(records, kind + band, **cell) for kind in (AMS, UMS) for band in bands]
             shown = [in_words(found[0] if found else None) for found in rows]
             lines.append(

@@ -10,7 +10,7 @@ from lightning_mem.data.plan import Row, merge
 from lightning_mem.evaluation.curves import curve
 from lightning_mem.records import Record
 from lightning_mem.studies.base import AbstractStudy, Run, Settings
-from lightning_mem.studies.pooling import pooled_share, seeds_interval
+from lightning_mem.studies.pooling import pooled_ratio, pooled_share, seeds_interval
 from lightning_mem.studies.side_picture import UNGUIDED, arms_of, draw_sweep, sweep_table
 
 PREFIX = "attack/side/"
@@ -18,6 +18,8 @@ AMS, UMS, HITS, UNIQUE = f"{PREFIX}ams/", f"{PREFIX}ums/", f"{PREFIX}hits", f"{P
 CONTROL = "_heldout"
 OF_ONE_RUN = ("bank_size", "interval_method", "sample_seed", "target")
 """Keys of a definition that speak of one seed's run; so do all digests."""
+
+OVER_SEEDS = "t over seeds, with wilson over samples for shares, 95%"
 
 Value = int | float | str | list[int] | dict[str, int | float | str | bool | None] | None
 """Of a swept setting: a list is an interval of timesteps, a mapping sets several keys, null switches it off."""
@@ -305,6 +307,9 @@ def _mean(name: str, values: Sequence[float], own: Sequence[Record]) -> tuple[fl
     """Mean over seeds with its interval."""
     if name.startswith(AMS) or name in (HITS, HITS + CONTROL):  # shares of independent samples
         return pooled_share(values, min(record.n for record in own))  # an arm of selection has what was selected
+    if own[0].unit == "ratio":
+        ends = [(r.low, r.high) for r in own if r.low is not None and r.high is not None]
+        return pooled_ratio(values, ends if len(ends) == len(own) else ())
     mean = sum(values) / len(values)
     return (mean, *seeds_interval(values)) if len(values) > 1 else (mean, own[0].low, own[0].high)
 
@@ -319,7 +324,8 @@ def _pooled(
         for key, value in first.items()
         if all(record.definition.get(key) == value for record in of) and key not in OF_ONE_RUN and "digest" not in key
     }
-    interval = {} if "interval" in about else {"interval": "t over seeds, with wilson over samples for shares, 95%"}
+    method = "log t over seeds, with samples 95%" if of[0].unit == "ratio" else OVER_SEEDS
+    interval = {} if "interval" in about else {"interval": method}
     return replace(
         of[0], value=value, low=low, high=high, n=n, seed=0, seconds=0.0, data_digest="", config_digest="",
         run="pooled", definition={**kept, **interval, **about},

@@ -85,7 +85,7 @@ def test_hits_are_the_planted_share_and_distinct_images_the_planted_rows() -> No
     assert found["trained", "unique_share"].value == pytest.approx(19 / 60)
     assert found["trained", "hits_per_evaluation"].value == pytest.approx(24 / 1200)
     assert found["trained", "unique_per_evaluation"].value == pytest.approx(19 / 1200)
-    assert found["trained", "gain"].value == pytest.approx(2.0)
+    assert found["trained", "ams_gain"].value == pytest.approx(2.0)
     assert found["trained", "ams/pixels/high"].value == 24 / 60
     assert found["trained", "ums/pixels/high"].value == pytest.approx(19 / 60)
     assert {key for key in found if key[0] == "none" and "gain" in key[1]} == set()
@@ -95,7 +95,7 @@ def test_hits_are_the_planted_share_and_distinct_images_the_planted_rows() -> No
     a, b = (torch.arange(60) < k for k in (24, 12))
     influence = a.double() / a.double().mean() - b.double() / b.double().mean()
     error = 2.0 * float(influence.std()) / 60**0.5
-    gain = found["trained", "gain"]
+    gain = found["trained", "ams_gain"]
     assert gain.low is not None
     assert gain.high is not None
     assert gain.high - gain.low == pytest.approx(2 * 1.96 * error, rel=0.35)
@@ -104,7 +104,7 @@ def test_hits_are_the_planted_share_and_distinct_images_the_planted_rows() -> No
 
 def test_a_gain_over_nothing_has_no_value() -> None:
     arms = [Arm("none", planted([], 40, 2), 1.0, paired=True), Arm("trained", planted([1, 2], 40, 3), 1.0, paired=True)]
-    gain = scored(arms)["trained", "gain"]
+    gain = scored(arms)["trained", "ams_gain"]
     assert gain.value is None
     assert gain.definition["undefined"] == "the unguided arm has no hit"
 
@@ -117,8 +117,8 @@ def test_the_gain_of_a_selection_is_that_of_its_rows_over_its_pool() -> None:
     selection = Arm("selection", chosen, 80.0, targets=targets, places=places, pool=pool)
     found = scored([Arm("none", pool, 80.0, paired=True), selection])
     assert found["selection", "hits"].value == 0.5
-    assert found["selection", "gain"].value == pytest.approx(0.5 / 0.25)
-    assert found["selection", "gain"].definition["base_samples"] == 80
+    assert found["selection", "ams_gain"].value == pytest.approx(0.5 / 0.25)
+    assert found["selection", "ams_gain"].definition["base_samples"] == 80
     assert found["selection", "hits_per_evaluation"].value == pytest.approx(10 / 80)
 
 
@@ -195,7 +195,7 @@ def test_guidance_by_the_posterior_reaches_the_drawn_cluster_and_the_wrong_sign_
 
 def test_without_guidance_the_arms_are_equal_to_the_bit() -> None:
     found = by_arm(attacked(exact_scene(), guidance_scale=0.0))
-    assert found["closed_form", "gain"].value == 1
+    assert found["closed_form", "ams_gain"].value == 1
     assert [row["index"] for row in samples_of("closed_form")] == [row["index"] for row in samples_of("none")]
     assert found["closed_form", "hits_per_evaluation"].value == found["none", "hits_per_evaluation"].value
 

@@ -6,6 +6,7 @@ from scipy import stats
 
 from lightning_mem.studies import fit_power_law, level_crossing, pooled_share, seeds_interval
 from lightning_mem.studies.onset import first_reach
+from lightning_mem.studies.pooling import pooled_ratio
 
 
 def test_interval_over_seeds_is_students() -> None:
@@ -121,3 +122,37 @@ def test_a_level_is_reached_between_two_evaluations() -> None:
     assert first_reach([100, 200], [0.0, 0.09], 0.1) is None
     with pytest.raises(ValueError, match="equally many and level above 0"):
         first_reach([100], [0.1], 0.0)
+
+
+def test_a_ratio_is_pooled_on_the_logarithmic_scale() -> None:
+    logs = np.log([2.0, 4.0, 2.5])
+    low, high = stats.t.interval(0.95, 2, loc=logs.mean(), scale=stats.sem(logs))
+    assert pooled_ratio([2.0, 4.0, 2.5]) == pytest.approx(tuple(np.exp([logs.mean(), low, high])), abs=1e-12)
+    turned = pooled_ratio([0.5, 0.25, 0.4])  # the other arm over this one
+    assert turned == pytest.approx((np.exp(-logs.mean()), np.exp(-high), np.exp(-low)), abs=1e-12)
+
+
+def test_seeds_that_agree_on_a_ratio_keep_the_doubt_of_their_samples() -> None:
+    assert pooled_ratio([2.0], [(1.0, 4.0)]) == pytest.approx((2.0, 1.0, 4.0))
+    root = 2 ** (1 / np.sqrt(4))  # four equal doubts leave half of one, on the logarithmic scale
+    assert pooled_ratio([2.0] * 4, [(1.0, 4.0)] * 4) == pytest.approx((2.0, 2 / root, 2 * root))
+
+
+def test_a_ratio_without_doubt_or_logarithm_has_no_ends() -> None:
+    assert pooled_ratio([1.5]) == (1.5, None, None)
+    assert pooled_ratio([0.0, 1.0], [(0.0, 0.1), (0.5, 2.0)]) == (0.5, None, None)
+    with pytest.raises(ValueError, match=r"ratios must be at least 0 and one per interval, got \[-1.0\]"):
+        pooled_ratio([-1.0])
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.3])
+def test_pooled_ratio_covers_the_truth(spread: float) -> None:
+    rng = np.random.default_rng(1)
+    covered = 0
+    for _ in range(200):
+        errors = np.full(3, 0.1)
+        logs = rng.normal(np.log(1.7), spread, 3) + rng.normal(0, errors)
+        ends = [tuple(np.exp([log - 0.196, log + 0.196])) for log in logs]
+        _, low, high = pooled_ratio(list(np.exp(logs)), ends)
+        covered += low <= 1.7 <= high
+    assert covered >= 180

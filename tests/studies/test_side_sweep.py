@@ -360,7 +360,9 @@ def test_names_and_definitions_tell_all_pooled_records_apart(reported: tuple[lis
 
 def test_table_and_picture_show_every_value_beside_the_unguided_line(reported: tuple[list[Record], Path]) -> None:
     table = (reported[1] / "sweep.md").read_text()
-    assert "| lambda | arm | seeds | hits | above unguided | held-out control | distinct images | AMS high |" in table
+    assert (
+        "| lambda | arm | seeds | hits | over unguided | above unguided | held-out control | distinct images |" in table
+    )
     assert "| 0.0 | unguided | 3 | 0.200 [" in table
     assert "| 2.0 | closed-form surrogate | 3 | 0.480 [" in table
     assert "* closed-form surrogate: hits at its peak 0.280 [" in table
