@@ -1,6 +1,7 @@
 """The benchmarks run and write what they say; how fast anything is, is not a test's business."""
 
 import importlib
+import math
 import mmap
 import time
 from pathlib import Path
@@ -88,6 +89,18 @@ def test_neighbours_are_compared_with_every_peer_and_checked(
     with pytest.raises(SystemExit, match="of our answers are not the nearest"):
         script.main([*sizes[:-1], str(tmp_path / "wrong.jsonl"), "--data", "patches"])
     assert not (tmp_path / "wrong.jsonl").exists()
+
+
+def test_labels_tell_their_entropy_to_a_model_that_memorizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    out, picture = tmp_path / "results.jsonl", tmp_path / "picture.png"
+    options = ["--num_members", "16", "--eps", "0.05", "8", "--out", str(out), "--picture", str(picture)]
+    importlib.import_module("divergence").main(options)
+    found = {(r.definition["labels"], r.definition["eps"]): r.value for r in read_records(out)}
+    assert found["unique", 0.05] == pytest.approx(-math.log(16))
+    assert found["constant", 0.05] == found["constant", 8.0] == 0
+    assert found["unique", 0.05] < found["unique", 8.0] < 0
+    assert picture.stat().st_size > 5000
 
 
 def test_memory_of_a_peak_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
