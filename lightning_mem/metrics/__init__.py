@@ -44,6 +44,7 @@ from lightning_mem.metrics.memorization import (
 from lightning_mem.metrics.memorization_scores import MemorizationScores
 from lightning_mem.metrics.neighbors import duplicate_groups, nearest_neighbors
 from lightning_mem.metrics.phases import SamplePhases, phase_shares, phase_threshold, sample_phases
+from lightning_mem.metrics.roc import Roc, roc
 from lightning_mem.metrics.scores import (
     SSCD_BANDS,
     average_memorization_score,
@@ -71,6 +72,7 @@ __all__ = [
     "NormalizedL2",
     "PixelsExtractor",
     "PrecisionRecallDensityCoverage",
+    "Roc",
     "SSCDExtractor",
     "SamplePhases",
     "Shard",
@@ -107,6 +109,7 @@ __all__ = [
     "phase_threshold",
     "prdc",
     "precision_recall",
+    "roc",
     "sample_phases",
     "sharded_neighbors",
     "tiled_l2",
