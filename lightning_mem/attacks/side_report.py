@@ -26,6 +26,9 @@ from lightning_mem.records import Record, atomic_write
 WORDS = {"none": "unguided", "time_independent": "without time", "selection_equal_cost": "  same cost"}
 """Arms that have other words on the screen."""
 
+UNGUIDED = "#777777"
+"""Colour of the arm that the others are compared with, which comes first."""
+
 PAIRS = 16
 """Pairs in a picture of one band."""
 
@@ -134,7 +137,7 @@ def draw_law(scores: Sequence[Score], path: Path) -> None:
     """Distinct images over samples drawn, beside the law fitted on the first half."""
     figure = Figure(figsize=(5.6, 3.8), dpi=110, layout="constrained")
     axes = figure.subplots()
-    for color, score in zip(COLORS * 2, scores, strict=False):
+    for color, score in zip((UNGUIDED, *COLORS), scores, strict=False):
         n = len(score.hits)
         if n < 2 or score.images is None:
             continue
