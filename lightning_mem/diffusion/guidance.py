@@ -43,7 +43,7 @@ class Classifier(Protocol):
 
 
 @contextmanager
-def _frozen(classifier: Classifier) -> Iterator[None]:
+def frozen(classifier: Classifier) -> Iterator[None]:
     """The classifier in evaluation mode, its parameters out of the graph; back as it was afterwards."""
     module = network_of(classifier)
     trainable = [] if module is None else [p for p in module.parameters() if p.requires_grad]
@@ -74,7 +74,7 @@ def classifier_gradient(classifier: Classifier, x_t: Tensor, t: Tensor, labels: 
     # inference mode is left, not only gradients switched on; its tensors cannot enter a graph, their copies can
     with torch.inference_mode(False), torch.enable_grad(), torch.autocast(x_t.device.type, enabled=False):
         x = x_t.detach().clone().to(torch.promote_types(x_t.dtype, torch.float32)).requires_grad_()
-        with _frozen(classifier):
+        with frozen(classifier):
             logits = classifier(x, t.clone())
             if logits.shape != (len(x), classifier.num_classes):
                 raise ValueError(

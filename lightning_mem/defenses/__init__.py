@@ -1,0 +1,5 @@
+"""Defenses: what keeps a target from giving its training images away; one published method, one file."""
+
+from lightning_mem.defenses.certificates import Certificates, final_confidence
+from lightning_mem.defenses.confidence import Form, certainty_slope, confidence
+from lightning_mem.defenses.cpsample import CPSample

@@ -1,0 +1,185 @@
+"""CPSample: steer samples away from where a classifier, overfit on random labels of the members, is certain."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_mem.defenses.certificates import Certificates, Watch
+from lightning_mem.defenses.confidence import Form, certainty_slope, check_tol, confidence, logits_of
+from lightning_mem.diffusion import DiffusionProcess, PixelCodec
+from lightning_mem.diffusion.guidance import Classifier
+from lightning_mem.diffusion.sampling import network_of
+from lightning_mem.records import digest
+
+CHUNK = 16
+"""Gated rows of one backward pass; the last chunk is padded, so that rounding does not depend on a row's company."""
+
+
+class CPSample:
+    r"""A score term that acts where the classifier is more certain than 1 - tol, and lowers its certainty.
+
+    .. math:: \hat s(x_t, t) = s_\theta(x_t, t) - 1[q > 1 - \text{tol}]\; s\, d(x_t, t), \qquad
+        \hat\epsilon = \epsilon_\theta + 1[q > 1 - \text{tol}]\; s \sqrt{1 - \bar\alpha_t}\; d
+
+    with q and d as in :mod:`lightning_mem.defenses.confidence`. Both forms of d point the same way; ``attract`` is
+    q / (1 - q) times as long, about 1/tol at the gate, so a scale means something for one form and one classifier only.
+    ``repel`` vanishes where the classifier is surest: it hardly moves a finished copy.
+
+    The classifier's forward pass runs on every row of a step, its backward pass on gated rows only. Where ``scale`` is
+    0, outside the interval, or where no row is gated, nothing is added, bit for bit. After a draw
+    :meth:`certificates` says for every sample how often the gate opened.
+
+    Args:
+        classifier: Two classes, overfit on fixed random labels of what is to be protected; logits [B, 2], or [B, R, 2]
+            for R labelings (all must be certain). Trained for the target's noising process.
+        tol: Tolerance in (0, 0.5]; smaller acts later and on fewer rows. 0.5 acts always.
+        scale: s, the factor of the score; finite and at least 0, 0 for none.
+        form: ``attract`` (towards the other label) or ``repel`` (away from the guessed one).
+        interval: Training timesteps [low, high) with protection, 0 <= low < high <= T; null for all.
+        process: The target's noising process; null for the classifier's own.
+
+    Raises:
+        ValueError: If a number is out of range, the classifier has not two classes, or belongs to another process; when
+            called, if it works on images of another size.
+
+    Source:
+        CPSample, arXiv:2409.07025 (abstract); gate and forms as derived from it, since its body names no sign or form.
+    """
+
+    name = "cpsample"
+
+    def __init__(
+        self,
+        classifier: Classifier,
+        tol: float = 0.5,
+        scale: float = 1.0,
+        form: Form = "attract",
+        *,
+        interval: tuple[int, int] | None = None,
+        process: DiffusionProcess | None = None,
+    ) -> None:
+        self.gate = check_tol(tol)
+        if not (math.isfinite(scale) and scale >= 0):
+            raise ValueError(f"scale must be finite and at least 0 (a negative one would draw copies), got {scale}")
+        if form not in ("attract", "repel"):
+            raise ValueError(f"form must be attract or repel, got {form!r}")
+        if classifier.num_classes != 2:
+            raise ValueError(
+                f"CPSample needs a classifier of binary labels, got one of {classifier.num_classes} classes: train one "
+                "with RandomLabelModule"
+            )
+        own: DiffusionProcess | None = getattr(classifier, "process", None)
+        process = process or own
+        if process is None:
+            raise ValueError("the classifier does not say its noising process: pass process=, that of the target")
+        if own is not None and not torch.equal(own.alpha_bar, process.alpha_bar):
+            raise ValueError(
+                f"the classifier belongs to another noising process ({len(own.alpha_bar)} timesteps, digest "
+                f"{digest(own.alpha_bar)}) than the target ({len(process.alpha_bar)}, {digest(process.alpha_bar)}): "
+                "train a random-label classifier for this target"
+            )
+        low, high = interval if interval is not None else (0, process.num_timesteps)
+        if not 0 <= low < high <= process.num_timesteps:
+            raise ValueError(
+                f"interval [low, high) must satisfy 0 <= low < high <= {process.num_timesteps}, got [{low}, {high})"
+            )
+        self.classifier, self.tol, self.scale, self.form = classifier, float(tol), float(scale), form
+        self.interval, self.watch = (low, high), Watch()
+        self.evaluations = self.gradients = 0
+
+    @property
+    def module(self) -> torch.nn.Module | None:
+        """The classifier's network, so that whoever draws can move it; None for a closed form."""
+        return network_of(self.classifier)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What identifies the protection, flat, for the settings of a SampleSet.
+
+        Raises:
+            ValueError: If the classifier has no ``digest``.
+        """
+        identity = getattr(self.classifier, "digest", None)
+        if not identity:
+            raise ValueError("the classifier has no digest, so its samples could not be told apart: give it one")
+        return {
+            "protection": self.name,
+            "protection_classifier": identity,
+            "protection_tol": self.tol,
+            "protection_scale": self.scale,
+            "protection_form": self.form,
+            "protection_low": self.interval[0],
+            "protection_high": self.interval[1],
+        }
+
+    def __call__(self, x_t: Tensor, t: Tensor, addresses: Tensor) -> Tensor | None:
+        """-s d on the gated rows, 0 on the others; None where no row is gated."""
+        shape = getattr(self.classifier, "shape", None)
+        if shape is not None and tuple(x_t.shape[1:]) != tuple(shape):
+            raise ValueError(
+                f"the classifier works on (channels, height, width) {tuple(shape)}, but the denoiser on "
+                f"{tuple(x_t.shape[1:])}: train a random-label classifier for this target"
+            )
+        steps = t.cpu()
+        inside = (steps >= self.interval[0]) & (steps < self.interval[1])
+        if self.scale == 0 or not inside.any():
+            return None
+        slope, logits = None, torch.empty(0)
+        if self.tol == 0.5 and inside.all():  # every row is gated: one pass does both
+            slope, logits = certainty_slope(self.classifier, x_t, t, self.form)
+        else:
+            logits = logits_of(self.classifier, x_t, t)
+        gated = (logits.abs().amin(1) > self.gate) & inside.to(x_t.device)
+        self._count(steps, addresses, confidence(logits), gated)
+        rows = gated.nonzero().flatten()
+        if len(rows) == 0:
+            return None
+        slopes = self._slopes(x_t, t, rows) if slope is None else slope[rows]
+        term = torch.zeros_like(x_t, dtype=slopes.dtype)
+        term[rows] = -self.scale * slopes
+        return term
+
+    def _slopes(self, x_t: Tensor, t: Tensor, rows: Tensor) -> Tensor:
+        """d of some rows, in chunks of one shape."""
+        found = []
+        for part in rows.split(CHUNK):
+            padded = torch.cat([part, part[-1:].expand(CHUNK - len(part))])
+            found.append(certainty_slope(self.classifier, x_t[padded], t[padded], self.form)[0][: len(part)])
+        return torch.cat(found)
+
+    def _count(self, t: Tensor, addresses: Tensor, q: Tensor, gated: Tensor) -> None:
+        """Evaluations, and what each sample went through; rows that pad a block by repeating an address count once."""
+        own, gated = addresses.cpu(), gated.cpu()
+        first = torch.ones(len(own), dtype=torch.bool)
+        first[1:] = own[1:] != own[:-1]
+        self.evaluations += int(first.sum())
+        self.gradients += int((first & gated).sum())
+        self.watch.see(t[first], own[first], q.cpu()[first], gated[first])
+
+    def certificates(
+        self,
+        addresses: Sequence[int] | Tensor,
+        images: Tensor | None = None,
+        bank: Tensor | None = None,
+        *,
+        groups: Tensor | None = None,
+        codec: PixelCodec | None = None,
+    ) -> Certificates:
+        """What can be said for each sample that this term protected, in this process.
+
+        Args:
+            addresses: Of the samples.
+            images: uint8 [N, C, H, W], the finished samples in the same order, for ``final_confidence``.
+            bank: uint8 [M, C, H, W], the members, for ``nearest``; needs images.
+            groups: int64 [M], duplicates and mirror images in one group.
+            codec: Between pixels and the classifier's space; null for pixels.
+
+        Raises:
+            ValueError: If an address was not drawn under this term.
+        """
+        return self.watch.certificates(
+            torch.as_tensor(addresses), self.classifier, images, bank, groups=groups, codec=codec
+        )
