@@ -36,6 +36,13 @@ class ImageSet:
     def __len__(self) -> int:
         return len(self.images)
 
+    def part(self, rows: Tensor) -> "ImageSet":
+        """These rows of it, int64 [n]."""
+        labels = None if self.labels is None else self.labels[rows]
+        return ImageSet(
+            self.images[rows], self.indices[rows], tuple(self.digests[row] for row in rows.tolist()), labels
+        )
+
     @property
     def digest(self) -> str:
         """Of the contents, whatever their order."""

@@ -2,25 +2,21 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torchmetrics.functional.classification import binary_calibration_error
 
 from lightning_mem.data import MemorizationDataModule, classes_of
 from lightning_mem.data.batches import Batch
-from lightning_mem.diffusion import DiffusionProcess, EmpiricalClassifier
-from lightning_mem.modules.base import META, AbstractModule
-from lightning_mem.modules.denoiser import load_target, read_checkpoint
-from lightning_mem.networks import ClassifierConfig, TimeClassifier, build_classifier
-from lightning_mem.randomness import derive_seed, generator
-from lightning_mem.records import digest
+from lightning_mem.diffusion import EmpiricalClassifier
+from lightning_mem.modules.classifier import AbstractClassifierModule, FrozenClassifier, read_frozen
+from lightning_mem.networks import ClassifierConfig
 from lightning_mem.types import Weights
 
 CALIBRATION_BINS = 15
@@ -29,19 +25,7 @@ LabelForm = Literal["hard", "posterior"]
 """What x_t is to be called: the label of the image it came from, or the probability of every label given x_t."""
 
 
-def timestep_bins(low: int, high: int, bins: int) -> list[tuple[int, int]]:
-    """Half-open parts [low, high) of a timestep interval, as equal as integers allow.
-
-    Args:
-        low: First timestep.
-        high: One past the last.
-        bins: How many parts; no more than there are timesteps.
-    """
-    edges = [low + (high - low) * i // bins for i in range(bins + 1)]
-    return list(pairwise(edges))
-
-
-class SurrogateModule(AbstractModule):
+class SurrogateModule(AbstractClassifierModule):
     r"""Trains a classifier of x_t, noised by the *target's* schedule, on labelled (generated) images.
 
     .. math:: \mathbb{E}_{x_0, t, \epsilon}\left[-\log p_\phi\big(y \mid \sqrt{\bar\alpha_t}\, x_0 +
@@ -98,67 +82,21 @@ class SurrogateModule(AbstractModule):
         compile: bool = False,
         seed: int | None = None,
     ) -> None:
-        super().__init__(optimizer, lr_scheduler, seed)
         if not 0 <= label_smoothing < 1:
             raise ValueError(f"label_smoothing must lie in [0, 1), got {label_smoothing}")
         if labels_as == "posterior" and not time_dependent:
             raise ValueError("labels_as posterior is the posterior at a timestep: use hard with time_dependent false")
-        parent = load_target(target, target_weights)
-        self.process, self.shape, self.target_digest = parent.process, parent.shape, parent.digest
-        steps = self.process.num_timesteps
-        self.interval = (0, steps) if interval is None else (interval[0], interval[1])
-        low, high = self.interval
-        if not 0 <= low < high <= steps:
-            raise ValueError(f"interval must satisfy 0 <= low < high <= {steps}, got [{low}, {high})")
-        if not 1 <= bins <= high - low:
-            raise ValueError(f"bins must lie in [1, {high - low}] (the timesteps of the interval), got {bins}")
-        self.target_name = target
-        self.network = (network or ClassifierConfig()).resolved(self.shape[-1])
-        self.time_dependent = time_dependent
+        super().__init__(
+            target, target_weights, network, time_dependent, interval, bins, optimizer, lr_scheduler, channels_last,
+            compile, seed,
+        )  # fmt: skip
         self.labels_as: LabelForm = labels_as
         self.label_smoothing = label_smoothing
-        self.bins = timestep_bins(low, high, bins)
-        self._channels_last, self._compile = channels_last, compile
-        self.num_classes = 0
         self.pseudo_labels: dict[str, Any] = {}
-        self.classifier: TimeClassifier | None = None
-        self.hits: dict[str, tuple[int, int]] = {}
-        self._validation: list[tuple[Tensor, Tensor]] = []
         self._exact: tuple[EmpiricalClassifier, Tensor] | None = None
 
-    def configure_model(self) -> None:
-        """Build the network for the classes of the data, its weights drawn at an address; done once.
-
-        Raises:
-            ValueError: If the data do not fit: it says what was found and what to do.
-        """
-        if self.classifier is not None:
-            return
-        data = self._datamodule()
-        if data is None:
-            raise ValueError(
-                "SurrogateModule takes its classes from a MemorizationDataModule: run it in a Trainer with one, or "
-                "read a trained one with load_classifier"
-            )
-        self.num_classes, self.pseudo_labels = self._checked_data(data)
-        self._build()
-
-    def _build(self) -> None:
-        channels, size, _ = self.shape
-        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-            torch.default_generator.manual_seed(derive_seed(self.seed, "initial weights"))
-            self.classifier = build_classifier(self.network, size, channels, self.num_classes, self.time_dependent)
-        if self._channels_last:
-            self.classifier.to(memory_format=torch.channels_last)
-
-    def _checked_data(self, data: MemorizationDataModule) -> tuple[int, dict[str, Any]]:
+    def _take_data(self, data: MemorizationDataModule) -> None:
         """Number of classes and origin of the labels."""
-        found = (data.channels, data.image_size, data.image_size)
-        if found != tuple(self.shape):
-            raise ValueError(
-                f"the target {self.target_name} works on (channels, height, width) {tuple(self.shape)}, but the data "
-                f"give {found}: set data.channels {self.shape[0]} and data.image_size {self.shape[-1]}"
-            )
         classes = classes_of(
             data.labels,
             num_classes=data.num_classes,
@@ -179,21 +117,14 @@ class SurrogateModule(AbstractModule):
                 f"the images of {data.source.name} were drawn from the target {theirs}, but model.init_args.target "
                 f"({self.target_name}, {self.target_digest}) is another: name one and the same target in both places"
             )
-        return classes, origin
+        self.num_classes, self.pseudo_labels = classes, origin
 
-    def _network(self) -> TimeClassifier:
-        if self.classifier is None:
-            raise ValueError("the classifier is not built yet: its classes are the data's (a Trainer reads them)")
-        return self.classifier
-
-    def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
-        """Logits float32 [B, num_classes] of x_t [B, C, H, W] at training timesteps t int64 [B]."""
-        return self._network()(x_t, t).float()
+    def _take_meta(self, meta: Mapping[str, Any]) -> None:
+        self.pseudo_labels = meta["pseudo_labels"]
 
     def on_fit_start(self) -> None:
         """Compile the network and make the posterior ready, if asked for; neither is kept after the training."""
-        if self._compile:
-            self._network().compile()
+        super().on_fit_start()
         data = self._datamodule()
         if self.labels_as == "posterior" and data is not None and data.members.labels is not None:
             images, owners = data.bank()
@@ -219,61 +150,19 @@ class SurrogateModule(AbstractModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Mean cross-entropy at timesteps and noise addressed by the step."""
-        x = batch["image"]
-        rows = len(x) * self.trainer.world_size
-        draw = self.training_generator()
-        t = self.own_rows(torch.randint(*self.interval, (rows,), generator=draw, device=self.device))
+        x, draw = batch["image"], self.training_generator()
+        t = self.draw_timesteps(len(x), draw)
         if self.time_dependent:
-            eps = torch.randn((rows, *x.shape[1:]), generator=draw, device=self.device)
-            x = self.process.add_noise(x, self.own_rows(eps), t)
+            x = self.noised(x, t, draw)
         wanted = self._wanted(x, t, batch["label"])
-        loss = cross_entropy(self(x, t), wanted, label_smoothing=self.label_smoothing)
-        self.watch_loss(loss)
-        if self.is_shown:
-            self.log("train/loss", loss, prog_bar=True, sync_dist=self.trainer.world_size > 1)
-        return loss
+        return self.show_loss(cross_entropy(self(x, t), wanted, label_smoothing=self.label_smoothing))
 
-    def on_validation_epoch_start(self) -> None:
-        """Forget the last validation."""
-        self._validation = []
-
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Loss, hit and confidence of each row, once a bin at an addressed timestep and noise, and once as trained."""
-        noise: list[list[Tensor]] = [[] for _ in self.bins]
-        for index in batch["index"].tolist():
-            draw = generator(0, "validation", index)
-            for place, (low, high) in zip(noise, self.bins, strict=True):
-                place.append(torch.randint(low, high, (1,), generator=draw))
-                place.append(torch.randn(self.shape, generator=draw))
-        x0, parts = batch["image"], []
-        for place in noise:
-            t, eps = torch.cat(place[::2]).to(self.device), torch.stack(place[1::2]).to(self.device)
-            parts.append(self._answers(self.process.add_noise(x0, eps, t), t, batch["label"]))
-        if not self.time_dependent:
-            parts.append(self._answers(x0, torch.zeros_like(batch["label"]), batch["label"]))
-        self._validation.append((batch["row"], torch.cat(parts, dim=1)))
-
-    def _answers(self, x_t: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+    def _answers(self, x_t: Tensor, t: Tensor, batch: Batch) -> Tensor:
         """Loss without smoothing, whether the guess is right, and the guess's probability, float64 [B, 3]."""
+        labels = batch["label"]
         log_p = self(x_t, t).double().log_softmax(1)
         confidence, guess = log_p.max(1)
         return torch.stack([-log_p.gather(1, labels[:, None])[:, 0], (guess == labels).double(), confidence.exp()], 1)
-
-    def on_validation_epoch_end(self) -> None:
-        """Log over held-out images, and over as many members beside them."""
-        data = self._datamodule()
-        if data is None:
-            return
-        found = self.gather_rows(self._validation)
-        split = len(data.heldout)
-        self.hits = {}
-        for suffix, part in (
-            ("", [values for row, values in found.items() if row < split]),
-            ("_members", [values for row, values in found.items() if row >= split]),
-        ):
-            if part:
-                for name, value in self._summary(torch.stack(part), suffix).items():
-                    self.log(name, value, prog_bar=name in ("val/loss", "val/accuracy"), rank_zero_only=False)
 
     def _summary(self, values: Tensor, suffix: str) -> dict[str, float]:
         """Means of the rows [N, 3 * bins (+ 3 for the clean image)] under their logged names."""
@@ -296,77 +185,20 @@ class SurrogateModule(AbstractModule):
             found[f"val/calibration{name}"] = float(error)
         return found
 
-    on_test_epoch_start = on_validation_epoch_start
-    test_step = validation_step
-    on_test_epoch_end = on_validation_epoch_end
-
     def checkpoint_meta(self) -> dict[str, Any]:
-        """What rebuilds the classifier, and what it belongs to."""
-        return {
-            "network": self.network.to_dict(),
-            "process": {k: v for k, v in self.process.config.items() if isinstance(v, str | int | float | bool)},
-            "shape": list(self.shape),
-            "num_classes": self.num_classes,
-            "time_dependent": self.time_dependent,
-            "interval": list(self.interval),
-            "target_digest": self.target_digest,
-            "pseudo_labels": self.pseudo_labels,
-        }
-
-    def on_load_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
-        """Refuse a checkpoint of another network, target or labelling; without data the checkpoint decides the classes.
-
-        Raises:
-            ValueError: It names both sides.
-        """
-        super().on_load_checkpoint(checkpoint)
-        meta = checkpoint[META]
-        if self.classifier is None:
-            self.num_classes, self.pseudo_labels = meta["num_classes"], meta["pseudo_labels"]
-            self._build()
-        for name, own in self.checkpoint_meta().items():
-            if name != "process" and meta[name] != own:
-                raise ValueError(
-                    f"the checkpoint was trained with {name} {meta[name]}, but this run has {own}: use the options of "
-                    "its own config.yaml, or another folder"
-                )
+        """What rebuilds the classifier, and where its labels came from."""
+        return {**super().checkpoint_meta(), "pseudo_labels": self.pseudo_labels}
 
 
 @dataclass
-class LoadedClassifier:
-    """A trained classifier, frozen and in evaluation mode: a classifier for guidance.
+class LoadedClassifier(FrozenClassifier):
+    """A trained surrogate, frozen and in evaluation mode: a classifier for guidance.
 
     Args:
-        module: The network.
-        num_classes: Length of a row of logits.
-        shape: (C, H, W) of what it sees.
-        process: Schedule it was trained on, its target's.
-        time_dependent: False where it ignores t.
-        interval: Training timesteps [low, high) it has seen.
-        digest: Identity: equal digests mean equal logits.
-        target_digest: Of the target it was trained for.
         pseudo_labels: Where its labels came from, as the data source told it.
-        weights: Which weights these are, ``raw`` or ``ema``.
-        step: Optimizer steps of its training.
     """
 
-    module: nn.Module
-    num_classes: int
-    shape: tuple[int, int, int]
-    process: DiffusionProcess
-    time_dependent: bool
-    interval: tuple[int, int]
-    digest: str
-    target_digest: str
     pseudo_labels: dict[str, Any]
-    weights: Weights
-    step: int
-
-    def __call__(self, x_t: Tensor, t: Tensor) -> Tensor:
-        """Logits float32 [B, num_classes] of x_t [B, C, H, W] at training timesteps t int64 [B]."""
-        if tuple(x_t.shape[1:]) != self.shape:
-            raise ValueError(f"the classifier works on images {self.shape}, got {tuple(x_t.shape[1:])}")
-        return self.module(x_t, t).float()
 
 
 def load_classifier(path: str | Path, weights: Weights = "ema", device: torch.device | str = "cpu") -> LoadedClassifier:
@@ -386,28 +218,5 @@ def load_classifier(path: str | Path, weights: Weights = "ema", device: torch.de
         folder = path / "checkpoints"
         path = folder / "best.ckpt" if (folder / "best.ckpt").is_file() else folder / "last.ckpt"
         rank_zero_info(f"taking {path}")
-    checkpoint = read_checkpoint(path)
-    meta = checkpoint.get(META, {})
-    if meta.get("module") != SurrogateModule.__name__:
-        raise ValueError(f"{path} is a checkpoint of {meta.get('module', 'something else')}, not of SurrogateModule")
-    channels, size, _ = shape = tuple(meta["shape"])
-    config = ClassifierConfig.from_dict(meta["network"] | {"extra": meta["network"]["extra"] | {"pretrained": False}})
-    module = build_classifier(config, size, channels, meta["num_classes"], meta["time_dependent"])
-    averaged = "current_model_state" in checkpoint
-    state = checkpoint["current_model_state" if averaged and weights == "raw" else "state_dict"]
-    module.load_state_dict({name.removeprefix("classifier."): value for name, value in state.items()})
-    process = DiffusionProcess.from_config(meta["process"])
-    identity = digest(process.digest, meta["time_dependent"], *[v for _, v in sorted(module.state_dict().items())])
-    return LoadedClassifier(
-        module=module.to(device).eval().requires_grad_(False),
-        num_classes=meta["num_classes"],
-        shape=shape,
-        process=process,
-        time_dependent=meta["time_dependent"],
-        interval=tuple(meta["interval"]),
-        digest=identity,
-        target_digest=meta["target_digest"],
-        pseudo_labels=meta["pseudo_labels"],
-        weights="ema" if averaged and weights == "ema" else "raw",
-        step=int(meta["step"]),
-    )
+    fields, meta = read_frozen(path, SurrogateModule, weights, device)
+    return LoadedClassifier(**fields, pseudo_labels=meta["pseudo_labels"])
