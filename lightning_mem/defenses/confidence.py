@@ -30,17 +30,22 @@ def check_tol(tol: float) -> float:
 def binary_logits(classifier: Classifier, x_t: Tensor, t: Tensor) -> Tensor:
     """l = log p(1 | x_t) - log p(0 | x_t) of every labeling, [B, R], in at least float32.
 
+    Args:
+        classifier: Its ``num_labelings`` R is 1 where it does not say it.
+        x_t: [B, C, H, W].
+        t: int64 [B], training timesteps.
+
     Raises:
-        ValueError: If the classifier's output is not [B, 2], or [B, R, 2] for R labelings.
+        ValueError: If the classifier's output is not [B, 2 R], the two logits of each labeling side by side.
     """
-    logits = classifier(x_t, t)
-    if logits.ndim not in (2, 3) or logits.shape[0] != len(x_t) or logits.shape[-1] != 2:
+    logits, width = classifier(x_t, t), 2 * getattr(classifier, "num_labelings", 1)
+    if logits.shape != (len(x_t), width):
         raise ValueError(
-            f"a random-label classifier returns logits [{len(x_t)}, 2], or [{len(x_t)}, R, 2] for R labelings; got "
+            f"a random-label classifier must return logits [{len(x_t)}, {width}], two a labeling; got "
             f"{list(logits.shape)}: train one with RandomLabelModule"
         )
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return (logits[..., 1] - logits[..., 0]).reshape(len(x_t), -1)
+    pairs = logits.to(torch.promote_types(logits.dtype, torch.float32)).unflatten(1, (-1, 2))
+    return pairs[..., 1] - pairs[..., 0]
 
 
 @torch.no_grad()

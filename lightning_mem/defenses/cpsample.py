@@ -33,12 +33,13 @@ class CPSample:
     :meth:`certificates` says for every sample how often the gate opened.
 
     Args:
-        classifier: Two classes, overfit on fixed random labels of what is to be protected; logits [B, 2], or [B, R, 2]
-            for R labelings (all must be certain). Trained for the target's noising process.
+        classifier: Overfit on fixed random bits of what is to be protected, for the target's noising process; logits
+            [B, 2], or [B, 2 R] where its ``num_labelings`` is R: then it must be certain of all of them.
         tol: Tolerance in (0, 0.5]; smaller acts later and on fewer rows. 0.5 acts always.
         scale: s, the factor of the score; finite and at least 0, 0 for none.
         form: ``attract`` (towards the other label) or ``repel`` (away from the guessed one).
-        interval: Training timesteps [low, high) with protection, 0 <= low < high <= T; null for all.
+        interval: Training timesteps [low, high) with protection, 0 <= low < high <= T; null for those the classifier
+            was trained on, all where it does not say it.
         process: The target's noising process; null for the classifier's own.
 
     Raises:
@@ -66,10 +67,11 @@ class CPSample:
             raise ValueError(f"scale must be finite and at least 0 (a negative one would draw copies), got {scale}")
         if form not in ("attract", "repel"):
             raise ValueError(f"form must be attract or repel, got {form!r}")
-        if classifier.num_classes != 2:
+        labelings = getattr(classifier, "num_labelings", 1)
+        if classifier.num_classes != 2 * labelings:
             raise ValueError(
-                f"CPSample needs a classifier of binary labels, got one of {classifier.num_classes} classes: train one "
-                "with RandomLabelModule"
+                f"CPSample needs a classifier of {labelings} binary labeling(s), got one of {classifier.num_classes} "
+                "classes: train one with RandomLabelModule"
             )
         own: DiffusionProcess | None = getattr(classifier, "process", None)
         process = process or own
@@ -81,7 +83,8 @@ class CPSample:
                 f"{digest(own.alpha_bar)}) than the target ({len(process.alpha_bar)}, {digest(process.alpha_bar)}): "
                 "train a random-label classifier for this target"
             )
-        low, high = interval if interval is not None else (0, process.num_timesteps)
+        trained = getattr(classifier, "interval", (0, process.num_timesteps))
+        low, high = trained if interval is None else interval
         if not 0 <= low < high <= process.num_timesteps:
             raise ValueError(
                 f"interval [low, high) must satisfy 0 <= low < high <= {process.num_timesteps}, got [{low}, {high})"

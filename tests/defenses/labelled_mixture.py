@@ -19,7 +19,7 @@ class BitClassifier:
 
     Args:
         target: From ``planted_mixture``.
-        bits: int64 [members] or [members, R] for R labelings.
+        bits: int64 [members].
     """
 
     num_classes = 2
@@ -31,17 +31,12 @@ class BitClassifier:
         self.forward_rows: list[int] = []
 
     def __call__(self, x_t: Tensor, t: Tensor) -> Tensor:
-        """log p_t(x_t, bit), float64 [B, 2] or [B, R, 2]."""
+        """log p_t(x_t, bit), float64 [B, 2]."""
         self.forward_rows.append(len(x_t))
         density = self.mixture._components(x_t, t)[3]
         wide = density[:, -1:] - torch.tensor(2.0).double().log()
-
-        def answers(bits: Tensor) -> Tensor:
-            return torch.stack([torch.cat([density[:, :-1][:, bits == c], wide], 1).logsumexp(1) for c in (0, 1)], 1)
-
-        if self.bits.ndim == 1:
-            return answers(self.bits)
-        return torch.stack([answers(bits) for bits in self.bits.T], 1)
+        own = [torch.cat([density[:, :-1][:, self.bits == c], wide], 1).logsumexp(1) for c in (0, 1)]
+        return torch.stack(own, 1)
 
 
 def planted(count: int = 12, prediction: str = "eps") -> tuple[Tensor, Target, BitClassifier]:

@@ -143,9 +143,11 @@ def test_the_backward_pass_runs_on_gated_rows_only_in_chunks_of_one_shape() -> N
 
 def test_several_labelings_must_all_be_sure_and_pull_in_turn() -> None:
     class Two(LogitClassifier):
+        num_classes, num_labelings = 4, 2
+
         def __call__(self, x_t: Tensor, t: Tensor) -> Tensor:
             one, other = x_t.flatten(1).unbind(1)
-            return torch.stack([torch.stack([0 * one, one], 1), torch.stack([0 * one, -3 * other], 1)], 1)
+            return torch.stack([0 * one, one, 0 * one, -3 * other], 1)
 
     x_t = torch.tensor([[5.0, 2.0], [5.0, 0.1], [1.0, 9.0]]).reshape(3, 1, 1, 2)
     found = CPSample(Two(), 0.1)(x_t, torch.zeros(3, dtype=torch.int64), torch.arange(3))
@@ -157,7 +159,9 @@ def test_several_labelings_must_all_be_sure_and_pull_in_turn() -> None:
 
 def test_outside_its_interval_it_asks_nothing() -> None:
     classifier = LogitClassifier()
-    term = CPSample(classifier, interval=(100, 500))
+    classifier.interval = (100, 500)  # type: ignore[attr-defined]
+    term = CPSample(classifier)  # what it was trained on, where nothing else is said
+    assert CPSample(classifier, interval=(0, 7)).interval == (0, 7)
     x_t, t, addresses = at_logits([5.0, 5.0])
     for at in (99, 500):
         assert term(x_t, torch.full_like(t, at), addresses) is None
@@ -306,7 +310,7 @@ def test_what_does_not_fit_is_refused() -> None:
         CPSample(given, process=DiffusionProcess("cosine"))
     three = LogitClassifier()
     three.num_classes = 3
-    with pytest.raises(ValueError, match="binary labels, got one of 3 classes"):
+    with pytest.raises(ValueError, match=r"1 binary labeling\(s\), got one of 3 classes"):
         CPSample(three)
     _, _, classifier = planted()
     assert isinstance(classifier, BitClassifier)
@@ -317,7 +321,7 @@ def test_what_does_not_fit_is_refused() -> None:
         def __call__(self, x_t: Tensor, t: Tensor) -> Tensor:
             return torch.zeros(len(x_t), 3)
 
-    with pytest.raises(ValueError, match=r"returns logits \[2, 2\], or .* got \[2, 3\]"):
+    with pytest.raises(ValueError, match=r"must return logits \[2, 2\], .* got \[2, 3\]"):
         CPSample(Wide(), 0.1)(*at_logits([1.0, 2.0]))
     given.digest = ""
     with pytest.raises(ValueError, match="the classifier has no digest"):
