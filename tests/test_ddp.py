@@ -13,13 +13,16 @@ from pathlib import Path
 
 import pytest
 import ranks
+import torch
 
 from lightning_mem.cli import run
 from lightning_mem.metrics import nearest_neighbors
+from lightning_mem.modules import load_random_label
 from lightning_mem.records import TIME_FIELDS
 
 TINY = Path(__file__).parent / "tiny.yaml"
 TINY_SURROGATE = Path(__file__).parent / "tiny_surrogate.yaml"
+TINY_RANDOM_LABEL = Path(__file__).parent / "tiny_random_label.yaml"
 TINY_ATTACK = Path(__file__).parent / "tiny_attack.yaml"
 TWO = ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
 # dropout draws per process: off, so that the two trainings compute the same thing
@@ -40,9 +43,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     def command(verb: str, name: str, *options: str, config: Path = config) -> list[str]:
         return [verb, "--config", str(config), "--trainer.default_root_dir", str(folder / name), *options]
 
-    def surrogate(name: str, *options: str) -> list[str]:
+    def classifier(name: str, config: Path, *options: str) -> list[str]:
         target = ["--model.init_args.target", str(folder / "measured1")]
-        return command("fit", name, *target, *TRAINING, *options, config=TINY_SURROGATE)
+        return command("fit", name, *target, *TRAINING, *options, config=config)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["lightning-mem"])
@@ -54,7 +57,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         run(command("validate", "measured1", "--data.batch_size", "7"))
         run(command("sample", "measured1", *SAMPLING))
         run(command("attack", "measured1", *ATTACKING))
-        run(surrogate("surrogate1"))
+        run(classifier("surrogate1", TINY_SURROGATE))
+        run(classifier("random_label1", TINY_RANDOM_LABEL))
     commands = folder / "commands.json"
     commands.write_text(
         json.dumps(
@@ -63,7 +67,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 command("validate", "measured2", "--data.batch_size", "64", *TWO),
                 command("sample", "measured2", *SAMPLING, *TWO),
                 command("attack", "measured2", *ATTACKING, *TWO),
-                surrogate("surrogate2", *TWO),
+                classifier("surrogate2", TINY_SURROGATE, *TWO),
+                classifier("random_label2", TINY_RANDOM_LABEL, *TWO),
             ]
         )
     )
@@ -157,8 +162,9 @@ def test_sampling_on_two_processes_gives_the_same_digest(runs: Path) -> None:
 
 
 # its batch norms see the global batch: with those of each process's half the first loss would be off already
-def test_a_surrogate_on_two_processes_follows_the_same_curve(runs: Path) -> None:
-    one, two = runs / "surrogate1", runs / "surrogate2"
+@pytest.mark.parametrize("name", ["surrogate", "random_label"])
+def test_a_classifier_on_two_processes_follows_the_same_curve(runs: Path, name: str) -> None:
+    one, two = runs / f"{name}1", runs / f"{name}2"
     expected, found = curve(one, "train/loss"), curve(two, "train/loss")
     assert expected.keys() == found.keys() == set(range(1, 21))
     assert found == pytest.approx(expected, rel=1e-4)
@@ -166,6 +172,15 @@ def test_a_surrogate_on_two_processes_follows_the_same_curve(runs: Path) -> None
     assert json.loads((one / "members.json").read_text()) == json.loads((two / "members.json").read_text())
     found, expected = ([(r["name"], r["n"], r["step"]) for r in records(folder)] for folder in (two, one))
     assert found == expected
+
+
+def test_random_labels_are_equal_on_one_process_and_on_two_and_are_those_of_the_members(runs: Path) -> None:
+    labels = [load_random_label(runs / name).labels for name in ("random_label1", "random_label2")]
+    assert labels[0].digest == labels[1].digest
+    assert torch.equal(labels[0].bits, labels[1].bits)
+    assert (
+        list(labels[1].digests) == json.loads((runs / "measured1" / "members.json").read_text())["members"]["digests"]
+    )
 
 
 def test_a_surrogate_answers_in_a_fresh_process_from_its_checkpoint_alone(runs: Path) -> None:

@@ -61,9 +61,7 @@ class RandomLabels:
 
     def __post_init__(self) -> None:
         if self.bits.ndim != 2 or not len(self.indices) == len(self.digests) == len(self.keys) == len(self.bits) > 0:
-            raise ValueError(
-                f"there must be one row of bits an image, got {tuple(self.bits.shape)}, {len(self)} images"
-            )
+            raise ValueError(f"bits must be [images, labelings], got {tuple(self.bits.shape)} for {len(self)} images")
         if not ((self.bits == 0) | (self.bits == 1)).all():
             raise ValueError(f"random labels are binary, 0 or 1, got {self.bits.unique().tolist()[:5]}")
         first = {key: row for row, key in reversed(list(enumerate(self.keys)))}
