@@ -24,3 +24,23 @@ class AbstractAddition(ABC):
         Raises:
             ValueError: If it does not belong to this target.
         """
+
+
+class Together(AbstractAddition):
+    """Several additions to one draw, such as an attack's guidance and a protection; their score terms add up.
+
+    Args:
+        parts: By class_path, in the order they are added.
+
+    Raises:
+        ValueError: If there are none.
+    """
+
+    def __init__(self, parts: list[AbstractAddition]) -> None:
+        if not parts:
+            raise ValueError("parts must name at least one addition, got none")
+        self.parts = parts
+
+    def terms(self, target: Target, path: str, addresses: Tensor) -> Sequence[ScoreTerm]:
+        """The terms of all parts; see :class:`AbstractAddition`."""
+        return [term for part in self.parts for term in part.terms(target, path, addresses)]
