@@ -15,14 +15,15 @@ from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from PIL import Image
 
 from lightning_mem.cli import MemorizationCLI, run
-from lightning_mem.modules import DenoiserModule, load_classifier, load_target
+from lightning_mem.modules import DenoiserModule, load_classifier, load_random_label, load_target
 from lightning_mem.modules.base import META
 from lightning_mem.networks import ClassifierConfig, UNetConfig, build_classifier
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 OVERLAYS = sorted((CONFIGS / "overlays").glob("*.yaml"))
 SURROGATES = sorted(CONFIGS.glob("*/surrogate.yaml"))
-RUNS = sorted(set(CONFIGS.glob("*/*.yaml")) - set(OVERLAYS) - set(SURROGATES))
+RANDOM_LABELS = sorted(CONFIGS.glob("*/random_label.yaml"))
+RUNS = sorted(set(CONFIGS.glob("*/*.yaml")) - set(OVERLAYS) - set(SURROGATES) - set(RANDOM_LABELS))
 DIGITS = CONFIGS / "digits" / "denoiser.yaml"
 DEBUG = CONFIGS / "overlays" / "debug.yaml"
 DEBUG_CLASSIFIER, GPU = CONFIGS / "overlays" / "debug_classifier.yaml", CONFIGS / "overlays" / "gpu.yaml"
@@ -116,7 +117,7 @@ MATERIAL = {
 """Tiny data in the true format, written into a folder, and the options that point there and shrink the network."""
 
 
-@pytest.mark.parametrize("file", [*RUNS, *SURROGATES], ids=name)
+@pytest.mark.parametrize("file", [*RUNS, *SURROGATES, *RANDOM_LABELS], ids=name)
 def test_a_run_parses_says_what_it_answers_and_names_its_folder(file: Path) -> None:
     text = file.read_text()
     assert text.startswith("# ")
@@ -171,8 +172,31 @@ def test_a_surrogate_at_the_papers_settings_has_its_numbers(file: Path) -> None:
     assert config["trainer"]["max_steps"] == 20 * -(-members // 64)
 
 
+@pytest.mark.parametrize("file", RANDOM_LABELS, ids=name)
+def test_a_random_label_run_protects_the_members_of_its_denoiser_and_stops_when_it_knows_them(file: Path) -> None:
+    config, denoiser = parsed(file), parsed(file.with_name("denoiser.yaml"))
+    assert config["model"]["init_args"]["target"] == denoiser["trainer"]["default_root_dir"]
+    free = {"batch_size", "steps_per_epoch"}  # all else decides the members, or how they are shown
+    assert changed(denoiser["data"], config["data"]) <= free
+    assert classes(config) == ["EMA", "ClassifierRecords", "EarlyStopping"]
+    stop = config["trainer"]["callbacks"][-1]["init_args"]
+    assert (stop["monitor"], stop["mode"], stop["stopping_threshold"]) == ("val/memorized", "max", 0.5)
+    assert config["trainer"]["max_steps"] / config["trainer"]["val_check_interval"] < stop["patience"]
+    model = config["model"]["init_args"]
+    assert model["optimizer"]["init_args"]["weight_decay"] == model["network"]["dropout"] == 0
+    if file.parent.name != "digits":  # the paper's figure 1; the backbone of the surrogate beside it
+        assert model["tol"] == 0.001
+        assert model["network"] == parsed(file.with_name("surrogate.yaml"))["model"]["init_args"]["network"]
+
+
+def test_a_random_label_run_takes_the_gpu_overlay() -> None:
+    assert parsed(RANDOM_LABELS[0], GPU)["model"]["init_args"]["compile"] is True
+
+
 def test_run_folders_are_told_apart() -> None:
-    folders = [yaml.safe_load(f.read_text())["trainer"]["default_root_dir"] for f in [*RUNS, *SURROGATES]]
+    folders = [
+        yaml.safe_load(f.read_text())["trainer"]["default_root_dir"] for f in [*RUNS, *SURROGATES, *RANDOM_LABELS]
+    ]
     assert len(set(folders)) == len(folders)
 
 
@@ -263,6 +287,20 @@ def test_every_surrogate_draws_labels_and_trains_under_its_debug_overlay(file: P
     assert 2 <= classifier.num_classes <= 5
     assert classifier.pseudo_labels["num_clusters"] == 4
     assert classifier.target_digest == classifier.pseudo_labels["target_digest"] == load_target(path).digest
+
+
+@pytest.mark.parametrize("file", RANDOM_LABELS, ids=name)
+def test_every_random_label_run_trains_under_its_debug_overlay(file: Path, tmp_path: Path) -> None:
+    data = parsed(file)["data"]
+    options = ["--model.init_args.target", target(tmp_path, data["image_size"], data["channels"]), *QUIET, *FEW]
+    options += {"cifar10": cifar10, "celeba": celeba}.get(file.parent.name, lambda root: [])(tmp_path)
+    options += ["--model.init_args.network.backbone", "small", "--model.init_args.network.widths", "[8,16]"]
+    command = run(["fit", "--config", str(file), "--config", str(DEBUG_CLASSIFIER), *options])
+    assert command.trainer.global_step == 4
+    classifier = load_random_label("runs/debug_classifier")
+    assert classifier.labels.bits.sum() == 4
+    members = json.loads(Path("runs/debug_classifier/members.json").read_text())["members"]
+    assert (classifier.members_digest, list(classifier.labels.digests)) == (members["digest"], members["digests"])
 
 
 def callbacks(**evaluation: object) -> list[str]:
