@@ -36,12 +36,12 @@ PAIRS = 16
 def arms_table(records: Sequence[Record]) -> Table:
     """One row an arm: hits and their control, distinct images a sample, ratio to the unguided arm, and what it cost."""
     caption = (
-        "hits: share of samples that copy a training image, beside the held-out control; unique: different images a "
-        "sample; gain: hits over unguided hits; hits / 1000: a thousand network evaluations"
+        "hits: share of samples that copy a training image, beside the held-out control; distinct: different images "
+        "a sample; gain: hits over unguided hits; per 1000: hits of a thousand network evaluations"
     )
     table = Table(title="SIDE", title_justify="left", title_style="bold", caption=caption, **LOOK)
     table.caption_justify = "left"
-    for heading in ("arm", "n", "hits", "held\nout", "unique", "gain", "hits /\n1000"):
+    for heading in ("arm", "n", "hits", "held\nout", "dis-\ntinct", "gain", "per\n1000"):
         table.add_column(heading, justify="left" if heading == "arm" else "right", no_wrap=True)
     for arm in dict.fromkeys(str(record.definition["surrogate"]) for record in records):
         own = {r.name.removeprefix(PREFIX): r for r in records if r.definition["surrogate"] == arm}
