@@ -90,7 +90,7 @@ class CPSample:
                 f"interval [low, high) must satisfy 0 <= low < high <= {process.num_timesteps}, got [{low}, {high})"
             )
         self.classifier, self.tol, self.scale, self.form = classifier, float(tol), float(scale), form
-        self.interval, self.watch = (low, high), Watch()
+        self.process, self.interval, self.watch = process, (low, high), Watch()
         self.evaluations = self.gradients = 0
 
     @property

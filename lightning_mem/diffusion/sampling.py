@@ -79,7 +79,7 @@ def _check_condition(target: Target, condition: Condition, count: int) -> None:
             raise ValueError(f"labels must lie in [0, {target.num_classes}), got {low} to {high}")
 
 
-def _guided(
+def add_terms(
     process: DiffusionProcess,
     output: Tensor,
     x_t: Tensor,
@@ -152,7 +152,7 @@ def sample_x0(
                 t = torch.full((block,), int(timestep), dtype=torch.int64, device=target.device)
                 x_t = scheduler.scale_model_input(x, timestep)
                 output = target.denoiser(x_t, t, own_condition)
-                output = _guided(target.process, output, x_t, t, own_addresses, guidance, prediction, sampler)
+                output = add_terms(target.process, output, x_t, t, own_addresses, guidance, prediction, sampler)
                 if as_eps:
                     output = target.process.to_eps(output, x_t, t, prediction)
                 # reduced precision ends at the network: solvers keep their state in float32
