@@ -9,7 +9,7 @@ import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
 from torch import Tensor
 
-from lightning_mem.diffusion import DiffusionProcess, ScoreTerm
+from lightning_mem.diffusion import DiffusionProcess, Sampler, ScoreTerm
 from lightning_mem.diffusion.sampling import add_terms, network_of
 
 
@@ -50,7 +50,7 @@ def protected_pipeline(
         if network is not None:
             network.to(pipeline.device)
     # only DDIM goes on with the eps of an x0 that it clips
-    sampler = "ddim" if isinstance(scheduler, DDIMScheduler) else "ddpm"
+    sampler: Sampler = "ddim" if isinstance(scheduler, DDIMScheduler) else "ddpm"
     step = scheduler.step
 
     @wraps(step)  # pipelines look at its signature

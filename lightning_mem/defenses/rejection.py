@@ -35,7 +35,7 @@ class Undecided:
 
     Args:
         classifier: As for :class:`CPSample`; asked at t = 0.
-        tol: Tolerance in (0, 0.5].
+        tol: Tolerance in (0, 0.5); at 0.5 nothing would be accepted.
         codec: Between pixels and the classifier's space; null for pixels.
 
     Raises:
@@ -49,6 +49,8 @@ class Undecided:
         identity = getattr(classifier, "digest", None)
         if not identity:
             raise ValueError("the classifier has no digest, so its samples could not be told apart: give it one")
+        if tol == 0.5:
+            raise ValueError("tol 0.5 would accept only what is exactly undecided, nothing in practice: lower it")
         self.classifier, self.codec = classifier, codec
         self.edge = 1 / (1 + math.exp(-check_tol(tol)))
         self.settings = {"protection": "rejection", "protection_classifier": identity, "protection_tol": float(tol)}

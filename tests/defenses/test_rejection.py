@@ -59,6 +59,10 @@ def test_what_the_classifier_is_sure_of_is_drawn_again() -> None:
     sure = final_confidence(classifier, plain) > 0.99
     assert torch.equal(found.tries > 1, sure)
     assert found.samples.settings["protection_tol"] == 0.01
+    with pytest.raises(ValueError, match=r"tol 0.5 would accept only what is exactly undecided"):
+        Undecided(classifier, 0.5)
+    with pytest.raises(ValueError, match=r"tol must lie in \(0, 0.5\], .* got 0"):
+        Undecided(classifier, 0.0)
 
 
 def test_it_gives_up_and_says_so() -> None:
