@@ -291,9 +291,10 @@ def test_every_surrogate_draws_labels_and_trains_under_its_debug_overlay(file: P
 
 @pytest.mark.parametrize("file", RANDOM_LABELS, ids=name)
 def test_every_random_label_run_trains_under_its_debug_overlay(file: Path, tmp_path: Path) -> None:
-    data = parsed(file)["data"]
-    options = ["--model.init_args.target", target(tmp_path, data["image_size"], data["channels"]), *QUIET, *FEW]
-    options += {"cifar10": cifar10, "celeba": celeba}.get(file.parent.name, lambda root: [])(tmp_path)
+    write, size = {"cifar10": (cifar10, 16), "celeba": (celeba, 16), "digits": (lambda root: [], 8)}[file.parent.name]
+    channels = parsed(file)["data"]["channels"]
+    options = ["--model.init_args.target", target(tmp_path, size, channels), *QUIET, *FEW, *write(tmp_path)]
+    options += ["--data.image_size", str(size)]
     options += ["--model.init_args.network.backbone", "small", "--model.init_args.network.widths", "[8,16]"]
     command = run(["fit", "--config", str(file), "--config", str(DEBUG_CLASSIFIER), *options])
     assert command.trainer.global_step == 4
