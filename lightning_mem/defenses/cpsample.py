@@ -14,7 +14,7 @@ from lightning_mem.diffusion.guidance import Classifier
 from lightning_mem.diffusion.sampling import network_of
 from lightning_mem.records import digest
 
-CHUNK = 16
+CHUNK = 32
 """Gated rows of one backward pass; the last chunk is padded, so that rounding does not depend on a row's company."""
 
 

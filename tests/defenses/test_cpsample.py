@@ -134,7 +134,7 @@ def test_the_backward_pass_runs_on_gated_rows_only_in_chunks_of_one_shape() -> N
     assert found is not None
     assert found[:18].abs().min() > 0.9
     assert found[18:].abs().max() == 0
-    assert classifier.forward_rows == [64, 16, 16]
+    assert classifier.forward_rows == [64, 32]
     assert classifier.backward_rows == 32
     assert (term.evaluations, term.gradients) == (64, 18)
     assert term(*at_logits([0.1] * 64)) is None
