@@ -189,12 +189,15 @@ class LossAttack(AbstractAttack):
         """One row an arm and attacker."""
         caption = (
             "z: standard errors by which members' mean loss is below that of held-out images; 2 or more either way is "
-            "a leak; calibrated: t and sign (-: a high loss means member) picked on the other half of the images"
+            "a leak; calibrated: t and sign (-: a high loss means member) picked on the other half of the images; "
+            "intervals of all are in the records"
         )
         table = Table(title="Loss attack", title_justify="left", title_style="bold", caption=caption, **LOOK)
         table.caption_justify = "left"
         for heading in ("protection", "attacker", "t", "n", "z", "auc", "tpr at\n0.01", "tpr at\n0.001"):
-            table.add_column(heading, justify="left" if heading in ("protection", "attacker") else "right")
+            table.add_column(
+                heading, justify="left" if heading in ("protection", "attacker") else "right", no_wrap=True
+            )
         groups: dict[tuple[Any, ...], dict[str, Record]] = {}
         for record in records:
             about = record.definition
@@ -204,7 +207,7 @@ class LossAttack(AbstractAttack):
             about = own["z"].definition
             table.add_row(
                 protection, attacker, f"{t}{'-' if sign < 0 else ''}", f"{about['num_members']}+{about['num_heldout']}",
-                f"{own['z'].value:.1f}", _short(own["auc"]), *(_short(own[f"tpr_at_{rate}"]) for rate in RATES),
+                f"{own['z'].value:.1f}", _short(own["auc"]), *(f"{own[f'tpr_at_{rate}'].value:.2f}" for rate in RATES),
             )  # fmt: skip
         return table
 

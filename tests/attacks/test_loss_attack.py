@@ -137,9 +137,10 @@ def run(protection: AbstractAddition | None, **options: Any) -> dict[tuple[Any, 
     assert attack.identity(scene.target, "planted", Path("home"))
     records = attack.run(scene)
     assert len({record.identity for record in records}) == len(records)
-    shown = Console(width=100, record=True)
+    shown = Console(width=80, record=True)
     shown.print(attack.table(records))
-    assert "calibrated" in shown.export_text()
+    lines = shown.export_text().splitlines()
+    assert sum("calibrated  " in line and "12+15" in line for line in lines) == 1 + (protection is not None)
     about = [record.definition for record in records]
     return {
         (record.name.removeprefix("attack/loss/"), own["protection"], own["attacker"], own["t"]): record
