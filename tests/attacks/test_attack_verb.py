@@ -169,4 +169,4 @@ def test_the_shipped_attack_lies_over_the_shipped_run() -> None:
     assert stop.value.code == 0
     found = yaml.safe_load(out.getvalue())["attack"]
     assert found["class_path"] == "lightning_mem.attacks.SIDE"
-    assert found["init_args"]["interval"] == [400, 1000]
+    assert (found["init_args"]["guidance_scale"], found["init_args"]["interval"]) == (10.0, None)
