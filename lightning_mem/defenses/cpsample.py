@@ -10,7 +10,7 @@ from torch import Tensor
 from lightning_mem.defenses.certificates import Certificates, Watch
 from lightning_mem.defenses.confidence import Form, certainty_slope, check_tol, confidence, logits_of
 from lightning_mem.diffusion import DiffusionProcess, PixelCodec
-from lightning_mem.diffusion.guidance import Classifier
+from lightning_mem.diffusion.guidance import Classifier, identity_of
 from lightning_mem.diffusion.sampling import network_of
 from lightning_mem.records import digest
 
@@ -83,12 +83,7 @@ class CPSample:
                 f"{digest(own.alpha_bar)}) than the target ({len(process.alpha_bar)}, {digest(process.alpha_bar)}): "
                 "train a random-label classifier for this target"
             )
-        trained = getattr(classifier, "interval", (0, process.num_timesteps))
-        low, high = trained if interval is None else interval
-        if not 0 <= low < high <= process.num_timesteps:
-            raise ValueError(
-                f"interval [low, high) must satisfy 0 <= low < high <= {process.num_timesteps}, got [{low}, {high})"
-            )
+        low, high = process.checked_interval(getattr(classifier, "interval", None) if interval is None else interval)
         self.classifier, self.tol, self.scale, self.form = classifier, float(tol), float(scale), form
         self.process, self.interval, self.watch = process, (low, high), Watch()
         self.evaluations = self.gradients = 0
@@ -105,12 +100,9 @@ class CPSample:
         Raises:
             ValueError: If the classifier has no ``digest``.
         """
-        identity = getattr(self.classifier, "digest", None)
-        if not identity:
-            raise ValueError("the classifier has no digest, so its samples could not be told apart: give it one")
         return {
             "protection": self.name,
-            "protection_classifier": identity,
+            "protection_classifier": identity_of(self.classifier),
             "protection_tol": self.tol,
             "protection_scale": self.scale,
             "protection_form": self.form,

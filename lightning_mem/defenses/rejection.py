@@ -12,7 +12,7 @@ from lightning_mem.data.datamodule import BLOCK
 from lightning_mem.defenses.certificates import final_confidence
 from lightning_mem.defenses.confidence import check_tol
 from lightning_mem.diffusion import PixelCodec, Sampler, ScoreTerm, Target, guidance_settings, sample
-from lightning_mem.diffusion.guidance import Classifier
+from lightning_mem.diffusion.guidance import Classifier, identity_of
 from lightning_mem.evaluation import Workers, draw_labels
 from lightning_mem.metrics import duplicate_groups, memorized, nearest_neighbors
 from lightning_mem.randomness import derive_seed
@@ -46,9 +46,7 @@ class Undecided:
     """
 
     def __init__(self, classifier: Classifier, tol: float = 0.5, codec: PixelCodec | None = None) -> None:
-        identity = getattr(classifier, "digest", None)
-        if not identity:
-            raise ValueError("the classifier has no digest, so its samples could not be told apart: give it one")
+        identity = identity_of(classifier)
         if tol == 0.5:
             raise ValueError("tol 0.5 would accept only what is exactly undecided, nothing in practice: lower it")
         self.classifier, self.codec = classifier, codec

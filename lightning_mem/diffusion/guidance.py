@@ -42,6 +42,18 @@ class Classifier(Protocol):
         """Logits at training timestep t."""
 
 
+def identity_of(classifier: Classifier) -> str:
+    """The digest of a classifier, for the settings of what it was used on.
+
+    Raises:
+        ValueError: If it has none.
+    """
+    identity = getattr(classifier, "digest", None)
+    if not identity:
+        raise ValueError("the classifier has no digest, so its samples could not be told apart: give it one")
+    return str(identity)
+
+
 @contextmanager
 def frozen(classifier: Classifier) -> Iterator[None]:
     """The classifier in evaluation mode, its parameters out of the graph; back as it was afterwards."""
@@ -142,11 +154,7 @@ class ClassifierGuidance:
             raise ValueError(f"scale must be finite, got {scale}")
         if schedule not in _WEIGHTS:
             raise ValueError(f"schedule must be one of {sorted(_WEIGHTS)}, got {schedule!r}")
-        low, high = interval if interval is not None else (0, process.num_timesteps)
-        if not 0 <= low < high <= process.num_timesteps:
-            raise ValueError(
-                f"interval [low, high) must satisfy 0 <= low < high <= {process.num_timesteps}, got [{low}, {high})"
-            )
+        low, high = process.checked_interval(interval)
         if labels.ndim != 1 or labels.is_floating_point() or labels.dtype == torch.bool:
             raise ValueError(f"labels must be integers [N], got {labels.dtype} {tuple(labels.shape)}")
         if len(labels) and not (labels.min() >= 0 and labels.max() < classifier.num_classes):
@@ -178,12 +186,9 @@ class ClassifierGuidance:
         Raises:
             ValueError: If the classifier has no ``digest``.
         """
-        identity = getattr(self.classifier, "digest", None)
-        if not identity:
-            raise ValueError("the classifier has no digest, so its samples could not be told apart: give it one")
         return {
             "guidance": "classifier",
-            "guidance_classifier": identity,
+            "guidance_classifier": identity_of(self.classifier),
             "guidance_scale": self.scale,
             "guidance_schedule": self.schedule,
             "guidance_low": self.interval[0],

@@ -161,6 +161,19 @@ class DiffusionProcess:
         """alpha_bar of timesteps t int64 [B], shaped to multiply rows of ``like``."""
         return _per_row(self._table(t.device)[t], like)
 
+    def checked_interval(self, interval: tuple[int, int] | None) -> tuple[int, int]:
+        """Training timesteps [low, high); null is all of them.
+
+        Raises:
+            ValueError: If not 0 <= low < high <= T.
+        """
+        low, high = (0, self.num_timesteps) if interval is None else (interval[0], interval[1])
+        if not 0 <= low < high <= self.num_timesteps:
+            raise ValueError(
+                f"interval [low, high) must satisfy 0 <= low < high <= {self.num_timesteps}, got [{low}, {high})"
+            )
+        return low, high
+
     def _table(self, device: torch.device) -> Tensor:
         """alpha_bar on a device, copied there once; MPS has no float64."""
         if device not in self._tables:

@@ -76,11 +76,8 @@ class AbstractClassifierModule(AbstractModule):
         super().__init__(optimizer, lr_scheduler, seed)
         parent = load_target(target, target_weights)
         self.process, self.shape, self.target_digest = parent.process, parent.shape, parent.digest
-        steps = self.process.num_timesteps
-        self.interval = (0, steps) if interval is None else (interval[0], interval[1])
+        self.interval = self.process.checked_interval(interval)
         low, high = self.interval
-        if not 0 <= low < high <= steps:
-            raise ValueError(f"interval must satisfy 0 <= low < high <= {steps}, got [{low}, {high})")
         if not 1 <= bins <= high - low:
             raise ValueError(f"bins must lie in [1, {high - low}] (the timesteps of the interval), got {bins}")
         self.target_name = target
