@@ -5,5 +5,5 @@ from lightning_mem.defenses.certificates import Certificates, final_confidence
 from lightning_mem.defenses.confidence import Form, certainty_slope, confidence
 from lightning_mem.defenses.cpsample import CPSample
 from lightning_mem.defenses.pipelines import protected_pipeline
-from lightning_mem.defenses.protection import AMGProtection, CPSampleProtection, load_protector
-from lightning_mem.defenses.rejection import Accepted, NoCopy, Undecided, rejection_sample
+from lightning_mem.defenses.protection import AMGProtection, CPSampleProtection, load_protector, training_images
+from lightning_mem.defenses.rejection import NearestRejection, NoCopy, Undecided, UndecidedRejection

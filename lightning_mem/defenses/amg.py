@@ -36,6 +36,22 @@ def adaptive_distance(x: Tensor, neighbors: Tensor) -> Tensor:
     return distances[:, 0] / (ALPHA * distances.mean(1))
 
 
+def check_bank(bank: Tensor, target: Target) -> None:
+    """Refuse training images that are not those of a target, as far as their shape tells.
+
+    Raises:
+        ValueError: If the bank is not uint8 [N >= 2, C, H, W], or of another size than the target works on.
+    """
+    if bank.dtype != torch.uint8 or bank.ndim != 4 or len(bank) < 2:
+        raise ValueError(f"bank must be uint8 [N >= 2, C, H, W], got {bank.dtype} {tuple(bank.shape)}")
+    first = target.codec.encode(to_float(bank[:1]))
+    if tuple(first.shape[1:]) != tuple(target.shape):
+        raise ValueError(
+            f"the training images become {tuple(first.shape[1:])} for the denoiser, which works on "
+            f"{tuple(target.shape)}: give the images that it was trained on, at its size"
+        )
+
+
 class AMG:
     r"""A score term that raises the adaptive distance to the training images where it is below a trigger.
 
@@ -87,15 +103,8 @@ class AMG:
             raise ValueError(f"search must be noised or x0, got {search!r}")
         if search == "x0" and target.num_classes is not None:
             raise ValueError("search x0 asks the network for x0, but the target is conditional: use search noised")
-        if bank.dtype != torch.uint8 or bank.ndim != 4 or len(bank) < 2:
-            raise ValueError(f"bank must be uint8 [N >= 2, C, H, W], got {bank.dtype} {tuple(bank.shape)}")
+        check_bank(bank, target)
         bank = torch.cat([bank, bank.flip(-1)]) if mirror else bank
-        first = target.codec.encode(to_float(bank[:1]))
-        if tuple(first.shape[1:]) != tuple(target.shape):
-            raise ValueError(
-                f"the training images become {tuple(first.shape[1:])} for the denoiser, which works on "
-                f"{tuple(target.shape)}: give the images that it was trained on, at its size"
-            )
         self.target, self.images = target, bank
         self.scale, self.trigger, self.search, self.seed = float(scale), float(trigger), search, seed
         self.k = min(NEIGHBORS, len(bank))

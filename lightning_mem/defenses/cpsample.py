@@ -10,9 +10,8 @@ from torch import Tensor
 from lightning_mem.defenses.certificates import Certificates, Watch
 from lightning_mem.defenses.confidence import Form, certainty_slope, check_tol, confidence, logits_of
 from lightning_mem.diffusion import DiffusionProcess, PixelCodec
-from lightning_mem.diffusion.guidance import Classifier, identity_of
+from lightning_mem.diffusion.guidance import Classifier, identity_of, process_of
 from lightning_mem.diffusion.sampling import network_of
-from lightning_mem.records import digest
 
 CHUNK = 32
 """Gated rows of one backward pass; the last chunk is padded, so that rounding does not depend on a row's company."""
@@ -73,16 +72,7 @@ class CPSample:
                 f"CPSample needs a classifier of {labelings} binary labeling(s), got one of {classifier.num_classes} "
                 "classes: train one with RandomLabelModule"
             )
-        own: DiffusionProcess | None = getattr(classifier, "process", None)
-        process = process or own
-        if process is None:
-            raise ValueError("the classifier does not say its noising process: pass process=, that of the target")
-        if own is not None and not torch.equal(own.alpha_bar, process.alpha_bar):
-            raise ValueError(
-                f"the classifier belongs to another noising process ({len(own.alpha_bar)} timesteps, digest "
-                f"{digest(own.alpha_bar)}) than the target ({len(process.alpha_bar)}, {digest(process.alpha_bar)}): "
-                "train a random-label classifier for this target"
-            )
+        process = process_of(classifier, process)
         low, high = process.checked_interval(getattr(classifier, "interval", None) if interval is None else interval)
         self.classifier, self.tol, self.scale, self.form = classifier, float(tol), float(scale), form
         self.process, self.interval, self.watch = process, (low, high), Watch()

@@ -9,6 +9,8 @@ from lightning_mem.defenses.confidence import Form, check_tol
 from lightning_mem.defenses.cpsample import CPSample
 from lightning_mem.diffusion import ScoreTerm, Target
 from lightning_mem.diffusion.additions import AbstractAddition
+from lightning_mem.diffusion.guidance import process_of
+from lightning_mem.evaluation import run_data
 from lightning_mem.evaluation.inputs import read_stack
 from lightning_mem.modules.random_label import LoadedRandomLabel, load_random_label, target_members
 from lightning_mem.types import Weights
@@ -24,7 +26,7 @@ def load_protector(given: str, weights: Weights, target: Target, path: str) -> L
         path: Where that came from; a diffusers folder does not say its members, which then are not compared.
 
     Raises:
-        ValueError: If it was trained for another image size or on other members (by digest).
+        ValueError: If it was trained for another image size, schedule or set of members (by digest).
     """
     found = load_random_label(given, weights)
     if tuple(found.shape) != tuple(target.shape):
@@ -32,6 +34,7 @@ def load_protector(given: str, weights: Weights, target: Target, path: str) -> L
             f"{given} works on (channels, height, width) {tuple(found.shape)}, but {path} on {tuple(target.shape)}: "
             "train a random-label classifier for this target (model.init_args.target)"
         )
+    process_of(found, target.process)
     members = target_members(path)
     if members and found.members_digest != members:
         raise ValueError(
@@ -39,6 +42,26 @@ def load_protector(given: str, weights: Weights, target: Target, path: str) -> L
             "random-label classifier on this target's members, or take the other one"
         )
     return found
+
+
+def training_images(bank: str | None, mirror: bool | None, path: str) -> tuple[Tensor, bool]:
+    """The images a sample may be a copy of, uint8 [N, C, H, W], and whether their mirror images count too.
+
+    Args:
+        bank: A folder, or ``.npz`` or ``.npy`` with uint8 [N, H, W, C]; null for the target's own members.
+        mirror: Null asks the target's run whether it trained with flips; false for a bank that was named.
+        path: Where the target came from: a run folder or a checkpoint in one.
+
+    Raises:
+        ValueError: If the members are asked for, but there is no run folder, or its images have changed (by digest).
+    """
+    if bank is not None:
+        return read_stack(bank), bool(mirror)
+    try:
+        data = run_data(path)
+    except ValueError as error:
+        raise ValueError(f"{error}; or name the training images with bank") from error
+    return data.members.images, data.flip if mirror is None else mirror
 
 
 class CPSampleProtection(AbstractAddition):
@@ -82,15 +105,17 @@ class AMGProtection(AbstractAddition):
     """Samples under AMG-style guidance: away from the nearest training image where it is nearer than a trigger.
 
     Args:
-        bank: The training images: a folder, or ``.npz`` or ``.npy`` with uint8 [N, H, W, C].
+        bank: The training images: a folder, or ``.npz`` or ``.npy`` with uint8 [N, H, W, C]; null for the target's own
+            members, read from its run folder.
         scale: Factor of the dissimilarity term; 0 for none.
         trigger: Adaptive distance below which a sample is steered away, in (0, 2).
         search: ``x0`` or ``noised``.
-        mirror: Whether mirror images count as training images too.
+        mirror: Whether mirror images count as training images too; null: where the target's run trained with flips.
         seed: Of the noise of the noised search.
 
     Raises:
-        ValueError: If a number is out of range, or the images have another size than the target's.
+        ValueError: If a number is out of range, the images have another size than the target's, or the target's own
+            members are asked for and cannot be read or have changed (by digest).
 
     Source:
         AMG, arXiv:2404.00922.
@@ -98,11 +123,11 @@ class AMGProtection(AbstractAddition):
 
     def __init__(
         self,
-        bank: str,
+        bank: str | None = None,
         scale: float = 1.0,
         trigger: float = 1.5,
         search: Search = "x0",
-        mirror: bool = False,
+        mirror: bool | None = None,
         seed: int = 0,
     ) -> None:
         self.bank, self.scale, self.trigger = bank, scale, trigger
@@ -110,9 +135,7 @@ class AMGProtection(AbstractAddition):
 
     def terms(self, target: Target, path: str, addresses: Tensor) -> Sequence[ScoreTerm]:
         """The one term; see :class:`AbstractAddition`."""
-        images = read_stack(self.bank)
+        images, mirror = training_images(self.bank, self.mirror, path)
         return [
-            AMG(
-                target, images, self.scale, trigger=self.trigger, search=self.search, mirror=self.mirror, seed=self.seed
-            )
+            AMG(target, images, self.scale, trigger=self.trigger, search=self.search, mirror=mirror, seed=self.seed)
         ]

@@ -54,6 +54,25 @@ def identity_of(classifier: Classifier) -> str:
     return str(identity)
 
 
+def process_of(classifier: Classifier, process: DiffusionProcess | None = None) -> DiffusionProcess:
+    """The target's noising process, checked to be the classifier's; null takes the classifier's own.
+
+    Raises:
+        ValueError: If neither is known, or they differ (by digest).
+    """
+    own: DiffusionProcess | None = getattr(classifier, "process", None)
+    process = process or own
+    if process is None:
+        raise ValueError("the classifier does not say its noising process: pass process=, that of the target")
+    if own is not None and not torch.equal(own.alpha_bar, process.alpha_bar):
+        raise ValueError(
+            f"the classifier belongs to another noising process ({len(own.alpha_bar)} timesteps, digest "
+            f"{digest(own.alpha_bar)}) than the target ({len(process.alpha_bar)}, {digest(process.alpha_bar)}): "
+            "train a classifier for this target"
+        )
+    return process
+
+
 @contextmanager
 def frozen(classifier: Classifier) -> Iterator[None]:
     """The classifier in evaluation mode, its parameters out of the graph; back as it was afterwards."""
@@ -141,15 +160,7 @@ class ClassifierGuidance:
         schedule: ScaleSchedule = "constant",
         process: DiffusionProcess | None = None,
     ) -> None:
-        own: DiffusionProcess | None = getattr(classifier, "process", None)
-        process = process or own
-        if process is None:
-            raise ValueError("the classifier does not say its noising process: pass process=, that of the target")
-        if own is not None and not torch.equal(own.alpha_bar, process.alpha_bar):
-            raise ValueError(
-                f"the classifier belongs to another noising process ({len(own.alpha_bar)} timesteps, digest "
-                f"{digest(own.alpha_bar)}) than the target ({len(process.alpha_bar)}, {digest(process.alpha_bar)})"
-            )
+        process = process_of(classifier, process)
         if not math.isfinite(scale):
             raise ValueError(f"scale must be finite, got {scale}")
         if schedule not in _WEIGHTS:

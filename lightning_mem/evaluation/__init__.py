@@ -10,4 +10,6 @@ from lightning_mem.evaluation.ledger import ledger_rows, read_ledger
 from lightning_mem.evaluation.measure import Measure, Measurement, MetricName
 from lightning_mem.evaluation.numbers import Number
 from lightning_mem.evaluation.reference import Reference
+from lightning_mem.evaluation.rejection import Accepted, rejection_sample
+from lightning_mem.evaluation.run_data import run_data
 from lightning_mem.evaluation.workers import Workers

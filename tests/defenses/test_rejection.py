@@ -7,8 +7,9 @@ import torch
 from labelled_mixture import copied, planted
 from torch import Tensor
 
-from lightning_mem.defenses import NoCopy, Undecided, final_confidence, rejection_sample
+from lightning_mem.defenses import NoCopy, Undecided, final_confidence
 from lightning_mem.diffusion import sample
+from lightning_mem.evaluation import rejection_sample
 from lightning_mem.randomness import derive_seed
 
 
