@@ -197,13 +197,16 @@ def draw_split(
     return member_set, ImageSet(images, torch.tensor(kept, dtype=torch.int64), tuple(kept_digests)), passed_over
 
 
-def write_members(path: Path, members: ImageSet, heldout: ImageSet, settings: dict[str, Any]) -> None:
-    """Write ``members.json``: indices and content digests of both sets."""
+def write_members(
+    path: Path, members: ImageSet, heldout: ImageSet, settings: dict[str, Any], removed: ImageSet | None = None
+) -> None:
+    """Write ``members.json``: indices and content digests of both sets, and of members that were taken out."""
     content = {
         "settings": settings,
         **{
             name: {"digest": part.digest, "indices": part.indices.tolist(), "digests": list(part.digests)}
-            for name, part in (("members", members), ("heldout", heldout))
+            for name, part in (("members", members), ("heldout", heldout), ("removed", removed))
+            if part is not None
         },
     }
     with atomic_write(path) as file:

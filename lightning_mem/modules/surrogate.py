@@ -128,8 +128,7 @@ class SurrogateModule(AbstractClassifierModule):
         data = self._datamodule()
         if self.labels_as == "posterior" and data is not None and data.members.labels is not None:
             images, owners = data.bank()
-            times = torch.ones(len(data.members), dtype=torch.int64)
-            times[: data.duplicates.count] = data.duplicates.times
+            times = data.occurrences.bincount(minlength=len(data.members))
             rows = torch.arange(len(images)).repeat_interleave(times[owners])
             classes, labels = data.members.labels[owners][rows].unique(return_inverse=True)
             self._exact = EmpiricalClassifier(images[rows], labels, self.process), classes
