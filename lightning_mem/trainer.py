@@ -20,10 +20,12 @@ from lightning_mem.callbacks.evaluation import workers_of
 from lightning_mem.callbacks.run_folder import AtomicCheckpointIO, ResumableFitLoop, holds_a_run
 from lightning_mem.data import MemorizationDataModule
 from lightning_mem.data.datamodule import BLOCK
+from lightning_mem.defenses.certified import certify
 from lightning_mem.diffusion import Sampler, ScoreTerm
 from lightning_mem.diffusion.additions import AbstractAddition
-from lightning_mem.evaluation import Reference
+from lightning_mem.evaluation import Accepted, Reference
 from lightning_mem.evaluation.inputs import check_members
+from lightning_mem.evaluation.rejection import rejection_into, rejection_settings
 from lightning_mem.modules import AbstractModule, load_target, read_checkpoint
 from lightning_mem.modules.base import META
 from lightning_mem.records import Record, digest, write_records
@@ -221,9 +223,13 @@ class MemorizationTrainer(Trainer):
         sample_seed: int = 0,
         weights: Weights = "ema",
         guidance: AbstractAddition | None = None,
+        max_tries: int = 100,
         out: str | None = None,
     ) -> SampleSet | None:
         """Draw a SampleSet from a trained run; shared by all processes, continues where it stopped.
+
+        Beside protected samples, ``<samples>_certificates.csv`` says for each how often the protection acted, how sure
+        the classifier is of the finished image, its distance to the nearest training image, and how many draws it took.
 
         Args:
             model: The trained module; its network comes from the checkpoint.
@@ -237,8 +243,10 @@ class MemorizationTrainer(Trainer):
             eta: DDIM's share of fresh noise, 0 to 1.
             sample_seed: Seed of the draw.
             weights: ``ema`` takes averaged weights where there are any, ``raw`` the optimizer's own.
-            guidance: What is added to the score, by class_path: ``lightning_mem.attacks.SurrogateGuidance`` ...; null
-                draws the target's own samples.
+            guidance: What is added to the score, or which samples may leave, by class_path:
+                ``lightning_mem.attacks.SurrogateGuidance``, ``lightning_mem.defenses.CPSampleProtection``,
+                ``lightning_mem.defenses.NearestRejection`` ...; null draws the target's own samples.
+            max_tries: Draws of a sample until a rejection accepts it, at least 1; then the last one stays.
             out: Where to write (``.npz``, its manifest beside it); null for ``samples/`` in the run folder.
 
         Returns:
@@ -248,19 +256,36 @@ class MemorizationTrainer(Trainer):
             raise ValueError(f"num_samples must be at least 1 and first at least 0, got {num_samples} and {first}")
         path = self._trained(model, ckpt_path)
         target = load_target(path or str(getattr(model, "pretrained", None)), weights)
-        settings = {
-            "sampler": sampler, "num_steps": num_steps, "eta": eta, "block": BLOCK, "sample_seed": sample_seed,
-            "target": target.digest,
-        }  # fmt: skip
         where = path or str(getattr(model, "pretrained", None))
-        addresses = torch.arange(first, first + num_samples)
-        drawer = Drawer(target, settings, guidance.terms(target, where, addresses) if guidance is not None else ())
+        options: dict[str, Any] = {"num_steps": num_steps, "sampler": sampler, "eta": eta}
+        settings = {**options, "block": BLOCK, "sample_seed": sample_seed, "target": target.digest}
+        terms: Sequence[ScoreTerm] = ()
+        judge = None
+        if guidance is not None:
+            terms = guidance.terms(target, where, torch.arange(first, first + num_samples))
+            judge = guidance.judge(target, where)
+        drawer = Drawer(target, settings, terms)
+        said = drawer.settings | ({} if judge is None else rejection_settings(terms, judge, max_tries))
         name = f"{Path(path).stem if path else 'pretrained'}_{target.weights}_seed{sample_seed}_{first}-{num_samples}"
-        name += "" if guidance is None else f"_guided-{digest(drawer.settings)}"
+        name += "" if guidance is None else f"_guided-{digest(said)}"
         file = Path(out.removesuffix(".npz") + ".npz") if out else self.folder / "samples" / f"{name}.npz"
-        samples = self._draw(drawer, file, first, num_samples)
-        if samples is not None:
-            rank_zero_info(f"{len(samples)} samples ({samples.weights}, digest {samples.digest}) in {file}")
+        if judge is None:
+            samples = self._draw(drawer, file, first, num_samples)
+            drawn = None if samples is None else Accepted.at_once(samples)
+        else:
+            tried = self._drawn(drawer, file.with_name(f"{file.stem}_first.npz"), first, num_samples)
+            drawn = rejection_into(
+                file, tried, target, judge, seed=sample_seed, max_tries=max_tries, guidance=terms,
+                workers=workers_of(self), on_the_first=self._on_the_first, **options,
+            )  # fmt: skip
+        if drawn is None or not self.is_global_zero:
+            return None
+        samples = drawn.samples
+        rank_zero_info(f"{len(samples)} samples ({samples.weights}, digest {samples.digest}) in {file}")
+        if judge is not None:
+            lost = int((~drawn.accepted).sum())
+            rank_zero_info(f"{drawn.cost:.3g} draws a sample; {lost} were not accepted after {max_tries}")
+        certify(file, drawn, terms, judge, target, where)
         return samples
 
     predict = sample  # type: ignore[assignment]
@@ -279,6 +304,15 @@ class MemorizationTrainer(Trainer):
         samples.save(file)
         blocks.remove()
         return samples
+
+    def _drawn(self, drawer: Drawer, file: Path, first: int, count: int) -> SampleSet:
+        """A draw with all processes, read from its file where it is there; every process gets the samples."""
+        there = self._drawn_before(file, first, count, drawer.settings)
+        if there is None:
+            self._draw(drawer, file, first, count)
+            self.strategy.barrier("drawn")
+            there = SampleSet.load(file)
+        return there
 
     def attack(
         self,
@@ -314,13 +348,7 @@ class MemorizationTrainer(Trainer):
         def blocks(
             file: Path, first: int, count: int, settings: dict[str, Any], guidance: Sequence[ScoreTerm]
         ) -> SampleSet:
-            drawer = Drawer(target, settings, guidance)
-            there = self._drawn_before(file, first, count, drawer.settings)
-            if there is None:
-                self._draw(drawer, file, first, count)
-                self.strategy.barrier("drawn")
-                there = SampleSet.load(file)
-            return there
+            return self._drawn(Drawer(target, settings, guidance), file, first, count)
 
         def read() -> Reference:
             self._on_the_first(datamodule.prepare_data)

@@ -46,8 +46,8 @@ def to_float(images: Tensor) -> Tensor:
 class SampleSet:
     """Generated images with everything that says where they came from.
 
-    On disk: ``.npz`` with ``arr_0`` uint8 [N, H, W, C] (the field's convention), ``addresses``, ``labels`` when
-    there are any, and the manifest in a ``.json`` file beside it.
+    On disk: ``.npz`` with ``arr_0`` uint8 [N, H, W, C] (the field's convention), ``addresses``, ``labels`` and
+    ``gate_rate`` when there are any, and the manifest in a ``.json`` file beside it.
 
     Args:
         images: uint8 [N, C, H, W].
@@ -55,6 +55,8 @@ class SampleSet:
         labels: int64 [N] condition each sample was drawn under; null for unconditional ones.
         weights: ``raw`` or ``ema``.
         settings: Flat: seed, sampler, num_steps, eta, block, target digest ...
+        gate_rate: float64 [N] in [0, 1], share of the steps at which a protection acted on the sample; null where none
+            tells.
     """
 
     images: Tensor
@@ -62,11 +64,12 @@ class SampleSet:
     labels: Tensor | None = None
     weights: Weights = "raw"
     settings: dict[str, Any] = field(default_factory=dict)
+    gate_rate: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.images.dtype != torch.uint8 or self.images.ndim != 4:
             raise ValueError(f"images must be uint8 [N, C, H, W], got {self.images.dtype} {tuple(self.images.shape)}")
-        for name in ("addresses", "labels"):
+        for name in ("addresses", "labels", "gate_rate"):
             rows = getattr(self, name)
             if rows is not None and rows.shape != (len(self.images),):
                 raise ValueError(f"{name} must have one entry per image ({len(self.images)}), got {tuple(rows.shape)}")
@@ -90,6 +93,8 @@ class SampleSet:
         arrays = {"arr_0": self.images.permute(0, 2, 3, 1).numpy(), "addresses": self.addresses.numpy()}
         if self.labels is not None:
             arrays["labels"] = self.labels.numpy()
+        if self.gate_rate is not None:
+            arrays["gate_rate"] = self.gate_rate.numpy()
         with atomic_write(path, "wb") as file:
             np.savez(file, allow_pickle=False, **arrays)
         manifest = {"digest": self.digest, "n": len(self), "weights": self.weights, "settings": self.settings}
@@ -125,6 +130,7 @@ class SampleSet:
             labels=torch.from_numpy(arrays["labels"]).to(torch.int64) if "labels" in arrays else None,
             weights=manifest.get("weights", "raw"),
             settings=manifest.get("settings", {}),
+            gate_rate=torch.from_numpy(arrays["gate_rate"]).double() if "gate_rate" in arrays else None,
         )
         if "digest" in manifest and manifest["digest"] != samples.digest:
             raise ValueError(f"{path} holds other samples than its manifest {manifest_path.name}: draw them again")

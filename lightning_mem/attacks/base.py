@@ -10,7 +10,9 @@ from rich.table import Table
 
 from lightning_mem.data.datamodule import BLOCK
 from lightning_mem.diffusion import Sampler, ScoreTerm, Target
-from lightning_mem.evaluation import Reference, Workers
+from lightning_mem.diffusion.additions import Judge
+from lightning_mem.evaluation import Accepted, Reference, Workers
+from lightning_mem.evaluation.rejection import rejection_into
 from lightning_mem.evaluation.table import records_table
 from lightning_mem.records import Record
 from lightning_mem.types import SampleSet
@@ -86,6 +88,45 @@ class Scene:
             "target": self.target.digest,
         }  # fmt: skip
         return self.blocks(self.folder / "samples" / f"{name}.npz", first, num_samples, settings, guidance)
+
+    def draw_accepted(
+        self,
+        name: str,
+        num_samples: int,
+        judge: Judge,
+        *,
+        seed: int,
+        num_steps: int = 50,
+        sampler: Sampler = "ddim",
+        eta: float = 0.0,
+        guidance: Sequence[ScoreTerm] = (),
+        max_tries: int = 100,
+    ) -> Accepted:
+        """Samples that a judge accepts, each drawn again from fresh noise until it does.
+
+        The first try is the draw ``<name>_first``; the result is kept in ``samples/<name>.npz``, and which samples
+        were accepted after how many draws in ``samples/<name>_tries.csv``.
+
+        Args:
+            name: Of the file.
+            num_samples: How many.
+            judge: Of an addition: which samples may leave.
+            seed: As for :meth:`draw`.
+            num_steps: Sampler steps.
+            sampler: See :func:`lightning_mem.diffusion.sample`.
+            eta: See there.
+            guidance: Score terms with ``settings``.
+            max_tries: Draws an address may take, at least 1; where none is accepted, the last one stays.
+
+        Raises:
+            RuntimeError: If the training images were read already.
+        """
+        options: dict[str, Any] = {"num_steps": num_steps, "sampler": sampler, "eta": eta}
+        first = self.draw(f"{name}_first", num_samples, seed=seed, guidance=guidance, **options)
+        return rejection_into(
+            self.folder / "samples" / f"{name}.npz", first, self.target, judge, seed=seed, max_tries=max_tries,
+            guidance=guidance, workers=self.workers, on_the_first=self.first, **options,
+        )  # fmt: skip
 
     def reference(self) -> Reference:
         """The training images and the held-out control: scoring begins."""

@@ -84,6 +84,11 @@ class Watch:
         """Training timestep -> (rows with the gate open, rows), over all draws."""
         return {t: (opened, rows) for t, (rows, opened) in sorted(self._at.items())}
 
+    def gate_rate(self, addresses: Tensor) -> Tensor:
+        """Share of the watched steps of each sample's latest draw at which the gate was open; 0 where none was."""
+        seen = [self._seen.get(address, (1, 0, 0, 0.0)) for address in addresses.tolist()]
+        return torch.tensor([opened / steps for steps, opened, _, _ in seen], dtype=torch.float64)
+
     def certificates(
         self,
         addresses: Tensor,
@@ -110,7 +115,7 @@ class Watch:
             nearest, index = distances[:, 0].double() / math.sqrt(images[0].numel()), places[:, 0]
         return Certificates(
             addresses=addresses,
-            gate_rate=torch.tensor([opened / steps for steps, opened, _, _ in seen], dtype=torch.float64),
+            gate_rate=self.gate_rate(addresses),
             last_confidence=torch.tensor([own for _, _, _, own in seen], dtype=torch.float64),
             final_confidence=None if images is None else final_confidence(classifier, images, codec),
             nearest=nearest,

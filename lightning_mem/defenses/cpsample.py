@@ -144,6 +144,10 @@ class CPSample:
         self.gradients += int((first & gated).sum())
         self.watch.see(t[first], own[first], q.cpu()[first], gated[first])
 
+    def gate_rate(self, addresses: Tensor) -> Tensor:
+        """Share of the steps inside the interval at which the gate was open, float64 [N]; 0 where none was asked."""
+        return self.watch.gate_rate(addresses)
+
     def certificates(
         self,
         addresses: Sequence[int] | Tensor,

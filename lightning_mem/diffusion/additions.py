@@ -14,8 +14,9 @@ from lightning_mem.diffusion.target import Target
 class Judge(Protocol):
     """Says which finished samples may leave. The network behind it, where there is one, is its attribute ``module``."""
 
-    settings: dict[str, Any]
-    """What identifies the rule, flat."""
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What identifies the rule, flat."""
 
     def __call__(self, images: Tensor) -> Tensor:
         """Whether each of uint8 [N, C, H, W] is accepted, bool [N]."""

@@ -242,6 +242,15 @@ class ClassifierGuidance:
         return term
 
 
+def gate_rates(guidance: Sequence[ScoreTerm], addresses: Tensor) -> Tensor | None:
+    """How often protections acted on samples that this process drew last, the largest over the terms; float64 [N].
+
+    None where no term tells: one that does has ``gate_rate``, the share of its steps, as :class:`CPSample`.
+    """
+    found = [tell(addresses) for term in guidance if (tell := getattr(term, "gate_rate", None)) is not None]
+    return torch.stack(found).amax(0) if found else None
+
+
 def guidance_settings(guidance: Sequence[ScoreTerm]) -> dict[str, Any]:
     """The ``settings`` of all score terms in one flat mapping; a key that came before gets the term's number.
 

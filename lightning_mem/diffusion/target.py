@@ -1,12 +1,13 @@
 """What every verb acts on: a denoiser with its process, shape and identity."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from lightning_mem.diffusion.codec import Codec, PixelCodec
 from lightning_mem.diffusion.process import DiffusionProcess
 from lightning_mem.types import Prediction, Weights
 
@@ -27,20 +28,6 @@ class Denoiser(Protocol):
         """The network's own output at training timestep t."""
 
 
-class PixelCodec:
-    """The codec of models that work on pixels: nothing to encode."""
-
-    name = "pixels"
-
-    def encode(self, images: Tensor) -> Tensor:
-        """Pixels in [-1, 1] as they are."""
-        return images
-
-    def decode(self, x0: Tensor) -> Tensor:
-        """Pixels in [-1, 1] as they are."""
-        return x0
-
-
 @dataclass
 class Target:
     """A model to be measured, attacked or protected.
@@ -53,6 +40,7 @@ class Target:
         weights: Which weights these are, ``raw`` or ``ema``.
         digest: Identity: equal digests mean equal samples.
         codec: Between the denoiser's space and pixels.
+        conditioner: Makes conditions of prompts, where the denoiser takes any: ``conditioner(["a cat", ""])``.
         device: Where the denoiser lives.
     """
 
@@ -62,7 +50,8 @@ class Target:
     num_classes: int | None = None
     weights: Weights = "raw"
     digest: str = ""
-    codec: PixelCodec = field(default_factory=PixelCodec)
+    codec: Codec = field(default_factory=PixelCodec)
+    conditioner: Callable[[Sequence[str]], Mapping[str, Tensor]] | None = None
     device: torch.device | str = "cpu"
 
     def target(self) -> "Target":

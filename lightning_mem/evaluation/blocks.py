@@ -9,7 +9,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from lightning_mem.data.datamodule import BLOCK
-from lightning_mem.diffusion import ScoreTerm, Target, sample
+from lightning_mem.diffusion import ScoreTerm, Target, gate_rates, sample
 from lightning_mem.evaluation.draw import draw_labels
 from lightning_mem.types import SampleSet
 
@@ -54,12 +54,14 @@ class Blocks:
         """All blocks as one set, in order of addresses."""
         parts = [SampleSet.load(self.file(number)) for number in range(len(self.blocks))]
         labels = [part.labels for part in parts if part.labels is not None]
+        rates = [part.gate_rate for part in parts if part.gate_rate is not None]
         return SampleSet(
             torch.cat([part.images for part in parts]),
             torch.cat([part.addresses for part in parts]),
             torch.cat(labels) if labels else None,
             parts[0].weights,
             self.settings,
+            torch.cat(rates) if len(rates) == len(parts) else None,
         )
 
     def remove(self) -> None:
@@ -72,7 +74,7 @@ class Blocks:
 def draw_block(
     target: Target, addresses: Tensor, settings: dict[str, Any], guidance: Sequence[ScoreTerm] = ()
 ) -> SampleSet:
-    """The samples of these addresses.
+    """The samples of these addresses, with the gate rates of protections that tell.
 
     Args:
         target: What is drawn from.
@@ -93,4 +95,4 @@ def draw_block(
         condition=labels,
         block=settings["block"],
     )
-    return SampleSet(images, addresses, labels, target.weights, settings)
+    return SampleSet(images, addresses, labels, target.weights, settings, gate_rates(guidance, addresses))

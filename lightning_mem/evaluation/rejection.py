@@ -1,18 +1,22 @@
 """Rejection sampling: draw again until a sample is accepted; the oracle of protections by guidance."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import csv
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_mem.data.datamodule import BLOCK
-from lightning_mem.diffusion import Sampler, ScoreTerm, Target, guidance_settings, sample
+from lightning_mem.diffusion import Sampler, ScoreTerm, Target, gate_rates, guidance_settings, sample
 from lightning_mem.diffusion.additions import Judge
+from lightning_mem.diffusion.sampling import network_of
 from lightning_mem.evaluation.draw import draw_labels
 from lightning_mem.evaluation.workers import Workers
 from lightning_mem.randomness import derive_seed
+from lightning_mem.records import atomic_write
 from lightning_mem.types import SampleSet
 
 
@@ -30,10 +34,46 @@ class Accepted:
     accepted: Tensor
     tries: Tensor
 
+    @classmethod
+    def at_once(cls, samples: SampleSet) -> "Accepted":
+        """A draw without a judge."""
+        ones = torch.ones(len(samples), dtype=torch.int64)
+        return cls(samples, ones.bool(), ones)
+
     @property
     def cost(self) -> float:
         """Mean draws a sample: network evaluations over those of plain sampling."""
         return self.tries.double().mean().item()
+
+    def save(self, file: str | Path) -> None:
+        """Write the samples (``.npz``), and ``<stem>_tries.csv`` beside them."""
+        file = Path(file)
+        with atomic_write(tries_file(file)) as opened:
+            writer = csv.writer(opened, lineterminator="\n")
+            writer.writerow(["address", "accepted", "tries"])
+            columns = (self.samples.addresses, self.accepted.int(), self.tries)
+            writer.writerows(zip(*(column.tolist() for column in columns), strict=True))
+        self.samples.save(file)
+
+    @classmethod
+    def load(cls, file: str | Path) -> "Accepted":
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            ValueError: If the two files do not belong together.
+        """
+        samples, file = SampleSet.load(file), Path(file)
+        with tries_file(file).open() as opened:
+            rows = [[int(row[key]) for key in ("address", "accepted", "tries")] for row in csv.DictReader(opened)]
+        addresses, accepted, tries = torch.tensor(rows, dtype=torch.int64).reshape(-1, 3).T
+        if not torch.equal(addresses, samples.addresses):
+            raise ValueError(f"{tries_file(file)} tells other addresses than {file} holds: remove both")
+        return cls(samples, accepted.bool(), tries)
+
+
+def tries_file(file: Path) -> Path:
+    """Beside a file of samples: which were accepted, after how many draws."""
+    return file.with_name(f"{file.stem}_tries.csv")
 
 
 def try_seed(seed: int, attempt: int) -> int:
@@ -42,7 +82,13 @@ def try_seed(seed: int, attempt: int) -> int:
 
 
 def rejection_settings(guidance: Sequence[ScoreTerm], judge: Judge, max_tries: int) -> dict[str, Any]:
-    """What identifies a draw under score terms and a judge, flat; a key that a term has gets the next number."""
+    """What identifies a draw under score terms and a judge, flat; a key that a term has gets the next number.
+
+    Raises:
+        ValueError: If max_tries is below 1.
+    """
+    if max_tries < 1:
+        raise ValueError(f"max_tries must be at least 1, got {max_tries}")
     merged, number = guidance_settings(guidance), len(guidance) + 1
     own = {**judge.settings, "protection_max_tries": max_tries}
     return merged | {f"{key}_{number}" if key in merged else key: value for key, value in own.items()}
@@ -60,6 +106,7 @@ def rejection_sample(
     eta: float = 0.0,
     guidance: Sequence[ScoreTerm] = (),
     workers: Workers | None = None,
+    first: SampleSet | None = None,
 ) -> Accepted:
     """Samples of these addresses, each drawn again from fresh noise until the judge accepts it.
 
@@ -69,26 +116,34 @@ def rejection_sample(
     Args:
         target: What is drawn from.
         addresses: int64 [N], each once.
-        judge: Says which samples may leave; a network behind it is on the device where it is to run.
+        judge: Says which samples may leave.
         seed: Of the draw.
         max_tries: Draws an address may take, at least 1.
         num_steps: Sampler steps.
         sampler: See :func:`lightning_mem.diffusion.sample`.
         eta: See there.
-        guidance: Score terms with ``settings``, on the target's device.
-        workers: How blocks are dealt out.
+        guidance: Score terms with ``settings``.
+        workers: How blocks are dealt out, and the device to which all networks are moved; null for this process and
+            the target's device.
+        first: The first try, where it was drawn already under the same options.
 
     Raises:
-        ValueError: If max_tries is below 1, or there are no addresses.
+        ValueError: If max_tries is below 1, there are no addresses, or ``first`` holds others.
     """
-    if max_tries < 1:
-        raise ValueError(f"max_tries must be at least 1, got {max_tries}")
-    workers = workers or Workers()
+    own_settings = rejection_settings(guidance, judge, max_tries)
+    workers = workers or Workers(device=torch.device(target.device))
     own = torch.as_tensor(addresses).cpu().flatten().to(torch.int64)
     if len(own) == 0:
         raise ValueError("addresses must name at least one sample, got none")
+    if first is not None and not torch.equal(first.addresses, own):
+        raise ValueError(f"the first try holds {len(first)} samples of other addresses than the {len(own)} asked for")
+    for part in (target.denoiser, judge, *guidance):
+        if (network := network_of(part)) is not None:
+            network.to(workers.device)
+    target.device = workers.device
     labels = None if target.num_classes is None else draw_labels(target.num_classes, own, seed)
-    images = torch.empty(0, dtype=torch.uint8)
+    images = torch.empty(0, *target.shape, dtype=torch.uint8)
+    rates = gate_rates(guidance, own)
     accepted, tries = torch.zeros(len(own), dtype=torch.bool), torch.zeros(len(own), dtype=torch.int64)
     for attempt in range(max_tries):
         rows = (~accepted).nonzero().flatten()
@@ -110,14 +165,78 @@ def rejection_sample(
             )
             return found[torch.searchsorted(mine, rows[places])].to(workers.device)
 
-        drawn = workers.in_blocks(len(rows), draw, label=f"try {attempt + 1}").cpu()
+        def watched(places: Tensor, rows: Tensor = rows) -> Tensor:  # of the very blocks this process has just drawn
+            found = gate_rates(guidance, own[rows[places]])
+            return (torch.zeros(len(places)) if found is None else found).to(workers.device)
+
+        if attempt == 0 and first is not None:
+            drawn, seen = first.images, first.gate_rate
+        else:
+            drawn = workers.in_blocks(len(rows), draw, label=f"try {attempt + 1}").cpu()
+            seen = None if rates is None else workers.in_blocks(len(rows), watched).cpu()
         if attempt == 0:
             images = torch.empty_like(drawn)
         images[rows] = drawn
         tries[rows] += 1
-        accepted[rows] = workers.gather(judge(drawn).to(workers.device))[0].cpu()  # one verdict for all processes
+        if rates is not None and seen is not None:
+            rates[rows] = seen
+
+        def verdict(places: Tensor, drawn: Tensor = drawn) -> Tensor:
+            return judge(drawn[places]).byte().to(workers.device)
+
+        accepted[rows] = workers.in_blocks(len(rows), verdict).cpu().bool()  # dealt out: all hear one verdict
     settings = {
         "sampler": sampler, "num_steps": num_steps, "eta": eta, "block": BLOCK, "sample_seed": seed,
-        **rejection_settings(guidance, judge, max_tries),
+        **own_settings,
     }  # fmt: skip
-    return Accepted(SampleSet(images, own, labels, target.weights, settings), accepted, tries)
+    return Accepted(SampleSet(images, own, labels, target.weights, settings, rates), accepted, tries)
+
+
+def rejection_into(
+    file: Path,
+    first: SampleSet,
+    target: Target,
+    judge: Judge,
+    *,
+    seed: int,
+    max_tries: int,
+    guidance: Sequence[ScoreTerm],
+    workers: Workers,
+    on_the_first: Callable[[Callable[[], None]], None],
+    **options: Any,
+) -> Accepted:
+    """:func:`rejection_sample` after a first try, kept in a file; read from there where it is there.
+
+    Args:
+        file: ``.npz``; which samples were accepted after how many draws is in ``<stem>_tries.csv`` beside it.
+        first: The first try, with all the settings of its draw.
+        target: What is drawn from.
+        judge: Says which samples may leave.
+        seed: Of the draw.
+        max_tries: Draws an address may take.
+        guidance: Score terms of the first try.
+        workers: How blocks are dealt out.
+        on_the_first: Calls a function on the first process while the others wait.
+        **options: Of the sampler: num_steps, sampler, eta.
+
+    Raises:
+        ValueError: If the file holds another draw.
+    """
+    there = file.is_file()
+    on_the_first(lambda: None)  # all have looked before the first one writes
+    settings = {**first.settings, **rejection_settings(guidance, judge, max_tries)}
+    if there:
+        found = Accepted.load(file)
+        if found.samples.settings != settings or not torch.equal(found.samples.addresses, first.addresses):
+            raise ValueError(
+                f"{file} holds another draw ({len(found.samples)} samples, {found.samples.settings}) than this one "
+                f"({len(first)}, {settings}): remove it or choose another --out"
+            )
+        return found
+    drawn = rejection_sample(
+        target, first.addresses, judge, seed=seed, max_tries=max_tries, guidance=guidance, workers=workers,
+        first=first, **options,
+    )  # fmt: skip
+    found = replace(drawn, samples=replace(drawn.samples, settings=settings))
+    on_the_first(lambda: found.save(file))
+    return found
