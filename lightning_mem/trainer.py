@@ -273,6 +273,7 @@ class MemorizationTrainer(Trainer):
             samples = self._draw(drawer, file, first, num_samples)
             drawn = None if samples is None else Accepted.at_once(samples)
         else:
+            self._meet(drawer)
             tried = self._drawn(drawer, file.with_name(f"{file.stem}_first.npz"), first, num_samples)
             drawn = rejection_into(
                 file, tried, target, judge, seed=sample_seed, max_tries=max_tries, guidance=terms,
@@ -304,6 +305,12 @@ class MemorizationTrainer(Trainer):
         samples.save(file)
         blocks.remove()
         return samples
+
+    def _meet(self, drawer: Drawer) -> None:
+        """Start the processes, as Lightning does in its first loop: where all is drawn already, none would run."""
+        if self.world_size > 1 and not torch.distributed.is_initialized():
+            with self._without_averaging():
+                super().predict(drawer, dataloaders=[], return_predictions=False)
 
     def _drawn(self, drawer: Drawer, file: Path, first: int, count: int) -> SampleSet:
         """A draw with all processes, read from its file where it is there; every process gets the samples."""
@@ -343,6 +350,7 @@ class MemorizationTrainer(Trainer):
         identity = attack.identity(target, path, self.folder)
         folder = Path(out) if out else self.folder / "attacks" / f"{attack.name}-{identity}"
         rank_zero_info(f"{attack.threat_model}\nresults go to {folder}")
+        self._meet(Drawer(target, {}))
         step = int(read_checkpoint(path)[META]["step"]) if path.endswith(".ckpt") else 0
 
         def blocks(

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import ranks
 import torch
+import yaml
 
 from lightning_mem.cli import run
 from lightning_mem.metrics import nearest_neighbors
@@ -29,7 +30,24 @@ TWO = ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
 TRAINING = ["--model.init_args.network.dropout", "0", "--trainer.max_steps", "20"]
 TRAINING += ["--trainer.val_check_interval", "20", "--trainer.log_every_n_steps", "1"]
 SAMPLING = ["--num_samples", "130", "--num_steps", "3"]
+PLAIN = Path("samples") / "last_ema_seed0_0-130.json"
 ATTACKING = ["--config", str(TINY_ATTACK), "--attack.init_args.num_samples", "130"]
+
+
+def protections(folder: Path) -> dict[str, Path]:
+    """Configurations of ``sample``: gated guidance that never acts on some rows, and rejection of many samples."""
+    defenses = "lightning_mem.defenses"
+    # a classifier of 20 steps is surer than this of about every third x_t
+    given = {"random_label": str(folder / "random_label1"), "tol": 0.495, "scale": 30.0}
+    cpsample = {"class_path": f"{defenses}.CPSampleProtection", "init_args": given}
+    nearest = {"class_path": f"{defenses}.NearestRejection", "init_args": {"threshold": 0.97}}
+    together = {"class_path": "lightning_mem.diffusion.additions.Together", "init_args": {"parts": [cpsample, nearest]}}
+    found = {}
+    for name, guidance in (("protected", cpsample), ("rejected", together)):
+        found[name] = folder / f"{name}.yaml"
+        options = {"guidance": guidance, "num_samples": 130, "num_steps": 3, "max_tries": 3}
+        found[name].write_text(yaml.safe_dump(options))
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -59,10 +77,20 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         run(command("attack", "measured1", *ATTACKING))
         run(classifier("surrogate1", TINY_SURROGATE))
         run(classifier("random_label1", TINY_RANDOM_LABEL))
+        for name, file in protections(folder).items():
+            run(command("sample", "measured1", "--config", str(file), "--out", str(folder / "one" / name)))
+    guarded = [
+        command("sample", "measured2", "--config", str(file), "--out", str(folder / "two" / name), *TWO)
+        for name, file in protections(folder).items()
+    ]
+    (folder / "two").mkdir()
+    for file in (folder / "one").glob("rejected_first.*"):  # the first try is there: no loop of Lightning begins
+        shutil.copy(file, folder / "two")
     commands = folder / "commands.json"
     commands.write_text(
         json.dumps(
             [
+                *reversed(guarded),
                 command("fit", "trained2", *TRAINING, *TWO),
                 command("validate", "measured2", "--data.batch_size", "64", *TWO),
                 command("sample", "measured2", *SAMPLING, *TWO),
@@ -155,10 +183,24 @@ def test_training_on_two_processes_follows_the_same_curve(runs: Path) -> None:
 
 
 def test_sampling_on_two_processes_gives_the_same_digest(runs: Path) -> None:
-    name = Path("samples") / "last_ema_seed0_0-130.json"
-    one, two = (json.loads((runs / folder / name).read_text()) for folder in ("measured1", "measured2"))
+    one, two = (json.loads((runs / folder / PLAIN).read_text()) for folder in ("measured1", "measured2"))
     assert one == two
     assert one["n"] == 130
+
+
+@pytest.mark.parametrize("name", ["protected", "rejected"])
+def test_protected_sampling_on_two_processes_gives_the_same_samples_and_certificates(runs: Path, name: str) -> None:
+    one, two = (json.loads((runs / folder / f"{name}.json").read_text()) for folder in ("one", "two"))
+    assert one == two
+    assert one["digest"] != json.loads((runs / "measured1" / PLAIN).read_text())["digest"]
+    files = [runs / folder / f"{name}_certificates.csv" for folder in ("one", "two")]
+    assert files[0].read_text() == files[1].read_text()
+    with files[0].open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 130
+    assert len({row["gate_rate"] for row in rows}) > 1
+    assert len({row["nearest"] for row in rows}) > 100
+    assert {row["tries"] for row in rows} == ({"1"} if name == "protected" else {"1", "2", "3"})
 
 
 # its batch norms see the global batch: with those of each process's half the first loss would be off already

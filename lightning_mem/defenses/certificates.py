@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lightning_mem.defenses.confidence import confidence, logits_of
-from lightning_mem.diffusion import PixelCodec
+from lightning_mem.diffusion import Codec, PixelCodec
 from lightning_mem.diffusion.guidance import Classifier
 from lightning_mem.diffusion.sampling import network_of
 from lightning_mem.metrics import nearest_neighbors
@@ -44,7 +44,7 @@ class Certificates:
 
 
 @torch.no_grad()
-def final_confidence(classifier: Classifier, images: Tensor, codec: PixelCodec | None = None) -> Tensor:
+def final_confidence(classifier: Classifier, images: Tensor, codec: Codec | None = None) -> Tensor:
     """q of finished images at t = 0, float64 [N].
 
     Args:
@@ -97,7 +97,7 @@ class Watch:
         bank: Tensor | None = None,
         *,
         groups: Tensor | None = None,
-        codec: PixelCodec | None = None,
+        codec: Codec | None = None,
     ) -> Certificates:
         """The rows of some addresses; see :meth:`CPSample.certificates`."""
         unknown = [address for address in addresses.tolist() if address not in self._seen]

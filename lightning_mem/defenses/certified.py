@@ -13,7 +13,7 @@ from lightning_mem.defenses.amg import AMG
 from lightning_mem.defenses.certificates import final_confidence
 from lightning_mem.defenses.cpsample import CPSample
 from lightning_mem.defenses.rejection import NoCopy, Undecided
-from lightning_mem.diffusion import PixelCodec, ScoreTerm, Target
+from lightning_mem.diffusion import Codec, ScoreTerm, Target
 from lightning_mem.diffusion.additions import AllAccept, Judge
 from lightning_mem.diffusion.guidance import Classifier
 from lightning_mem.evaluation import Accepted, run_data
@@ -72,7 +72,7 @@ def write_certificates(
     drawn: Accepted,
     protections: Sequence[Protection],
     bank: Tensor | None,
-    codec: PixelCodec | None = None,
+    codec: Codec | None = None,
 ) -> None:
     """Write what can be said of every sample, in ``COLUMNS``.
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_mem.defenses.certificates import Certificates, Watch
 from lightning_mem.defenses.confidence import Form, certainty_slope, check_tol, confidence, logits_of
-from lightning_mem.diffusion import DiffusionProcess, PixelCodec
+from lightning_mem.diffusion import Codec, DiffusionProcess
 from lightning_mem.diffusion.guidance import Classifier, identity_of, process_of
 from lightning_mem.diffusion.sampling import network_of
 
@@ -155,7 +155,7 @@ class CPSample:
         bank: Tensor | None = None,
         *,
         groups: Tensor | None = None,
-        codec: PixelCodec | None = None,
+        codec: Codec | None = None,
     ) -> Certificates:
         """What can be said for each sample that this term protected, in this process.
 

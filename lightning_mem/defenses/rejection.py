@@ -10,7 +10,7 @@ from lightning_mem.defenses.amg import check_bank
 from lightning_mem.defenses.certificates import final_confidence
 from lightning_mem.defenses.confidence import check_tol
 from lightning_mem.defenses.protection import load_protector, training_images
-from lightning_mem.diffusion import PixelCodec, ScoreTerm, Target
+from lightning_mem.diffusion import Codec, ScoreTerm, Target
 from lightning_mem.diffusion.additions import AbstractAddition
 from lightning_mem.diffusion.guidance import Classifier, identity_of
 from lightning_mem.diffusion.sampling import network_of
@@ -34,7 +34,7 @@ class Undecided:
         CPSample, arXiv:2409.07025: the rejection sampler it is claimed to act like.
     """
 
-    def __init__(self, classifier: Classifier, tol: float = 0.01, codec: PixelCodec | None = None) -> None:
+    def __init__(self, classifier: Classifier, tol: float = 0.01, codec: Codec | None = None) -> None:
         identity = identity_of(classifier)
         self.edge = undecided_edge(tol)
         self.classifier, self.codec = classifier, codec
