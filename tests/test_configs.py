@@ -13,8 +13,11 @@ import torch
 import yaml
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from PIL import Image
+from stable_diffusion import save_pipeline, tiny_pipeline
 
 from lightning_mem.cli import MemorizationCLI, run
+from lightning_mem.defenses import CPSample, protected_pipeline
+from lightning_mem.defenses.certificates import final_confidence
 from lightning_mem.modules import DenoiserModule, load_classifier, load_random_label, load_target
 from lightning_mem.modules.base import META
 from lightning_mem.networks import ClassifierConfig, UNetConfig, build_classifier
@@ -22,8 +25,9 @@ from lightning_mem.networks import ClassifierConfig, UNetConfig, build_classifie
 CONFIGS = Path(__file__).parent.parent / "configs"
 OVERLAYS = sorted((CONFIGS / "overlays").glob("*.yaml"))
 SURROGATES = sorted(CONFIGS.glob("*/surrogate.yaml"))
-RANDOM_LABELS = sorted(CONFIGS.glob("*/random_label.yaml"))
-RUNS = sorted(set(CONFIGS.glob("*/*.yaml")) - set(OVERLAYS) - set(SURROGATES) - set(RANDOM_LABELS))
+LATENT = CONFIGS / "stable_diffusion" / "random_label.yaml"
+RANDOM_LABELS = sorted(set(CONFIGS.glob("*/random_label.yaml")) - {LATENT})
+RUNS = sorted(set(CONFIGS.glob("*/*.yaml")) - set(OVERLAYS) - set(SURROGATES) - set(RANDOM_LABELS) - {LATENT})
 DIGITS = CONFIGS / "digits" / "denoiser.yaml"
 DEBUG = CONFIGS / "overlays" / "debug.yaml"
 DEBUG_CLASSIFIER, GPU = CONFIGS / "overlays" / "debug_classifier.yaml", CONFIGS / "overlays" / "gpu.yaml"
@@ -117,7 +121,7 @@ MATERIAL = {
 """Tiny data in the true format, written into a folder, and the options that point there and shrink the network."""
 
 
-@pytest.mark.parametrize("file", [*RUNS, *SURROGATES, *RANDOM_LABELS], ids=name)
+@pytest.mark.parametrize("file", [*RUNS, *SURROGATES, *RANDOM_LABELS, LATENT], ids=name)
 def test_a_run_parses_says_what_it_answers_and_names_its_folder(file: Path) -> None:
     text = file.read_text()
     assert text.startswith("# ")
@@ -195,7 +199,8 @@ def test_a_random_label_run_takes_the_gpu_overlay() -> None:
 
 def test_run_folders_are_told_apart() -> None:
     folders = [
-        yaml.safe_load(f.read_text())["trainer"]["default_root_dir"] for f in [*RUNS, *SURROGATES, *RANDOM_LABELS]
+        yaml.safe_load(f.read_text())["trainer"]["default_root_dir"]
+        for f in [*RUNS, *SURROGATES, *RANDOM_LABELS, LATENT]
     ]
     assert len(set(folders)) == len(folders)
 
@@ -302,6 +307,35 @@ def test_every_random_label_run_trains_under_its_debug_overlay(file: Path, tmp_p
     assert classifier.labels.bits.sum() == 4
     members = json.loads(Path("runs/debug_classifier/members.json").read_text())["members"]
     assert (classifier.members_digest, list(classifier.labels.digests)) == (members["digest"], members["digests"])
+
+
+def test_the_random_label_run_of_stable_diffusion_is_celebas_on_latents() -> None:
+    own, celeba = parsed(LATENT), parsed(CONFIGS / "celeba" / "random_label.yaml")
+    assert changed(celeba["model"], own["model"]) == {"init_args.target"}
+    assert changed(celeba["trainer"], own["trainer"]) <= {"default_root_dir", "max_steps", "val_check_interval"}
+    assert own["data"]["image_size"] == 512
+
+
+def test_a_stable_diffusion_folder_is_protected_by_a_classifier_of_its_latents(tmp_path: Path) -> None:
+    path = save_pipeline(tmp_path / "sd")
+    options = ["--model.init_args.target", path, *QUIET, *FEW, *SHRUNK, *folder(tmp_path), "--data.flip", "true"]
+    options += ["--model.init_args.network.backbone", "small", "--model.init_args.network.widths", "[8,16]"]
+    options += ["--model.init_args.network.stem", "small"]
+    command = run(["fit", "--config", str(LATENT), "--config", str(DEBUG_CLASSIFIER), *options])
+    assert command.trainer.global_step == 4
+    classifier, sd = load_random_label("runs/debug_classifier"), load_target(path)
+    assert (classifier.shape, classifier.target_digest) == (sd.shape, sd.digest) == ((4, 8, 8), sd.digest)
+    pipeline, term = tiny_pipeline(), CPSample(classifier, tol=0.5, scale=5.0)
+    given = {"num_inference_steps": 3, "guidance_scale": 3.0, "output_type": "pt"}
+    noise = torch.randn(2, *sd.shape, generator=torch.Generator().manual_seed(0))
+    plain = pipeline(["a cat", "a dog"], latents=noise, **given).images
+    with protected_pipeline(pipeline, [term]):
+        found = pipeline(["a cat", "a dog"], latents=noise, **given).images
+    assert found.shape == (2, 3, 16, 16)
+    assert term.evaluations == 6
+    assert (found - plain).abs().max() > 1e-3
+    images = (found * 255).round().to(torch.uint8)
+    assert final_confidence(classifier, images, sd.codec).shape == (2,)
 
 
 def callbacks(**evaluation: object) -> list[str]:

@@ -60,7 +60,7 @@ class _Rows(Dataset[Batch]):
 
 
 def gather(images: Tensor, labels: Tensor | None, indices: Tensor, rows: Tensor, flips: Tensor) -> Batch:
-    """The batch of these rows: ``image`` float32 [-1, 1], ``index``, and ``label`` where there are labels.
+    """The batch of these rows: ``image`` float32 [-1, 1], ``index``, ``mirrored``, and ``label`` where there is one.
 
     Args:
         images: uint8 [N, C, H, W].
@@ -75,7 +75,7 @@ def gather(images: Tensor, labels: Tensor | None, indices: Tensor, rows: Tensor,
     image = to_float(images[rows])
     if mirrored:
         image = torch.where(flips[:, None, None, None], image.flip(-1), image)
-    batch = {"image": image, "index": indices[rows]}
+    batch = {"image": image, "index": indices[rows], "mirrored": flips}
     if labels is not None:
         batch["label"] = labels[rows]
     return batch

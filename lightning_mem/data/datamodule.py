@@ -43,8 +43,8 @@ class Duplicates:
 class MemorizationDataModule(LightningDataModule):
     """Members to train on, held-out images of the same source for the control, and their labels.
 
-    A batch is a dict: ``image`` float32 [B, C, H, W] in [-1, 1], ``index`` int64 [B] (place in the source), and
-    ``label`` int64 [B] when labels are on. The batch of step s depends on (seed, s) alone.
+    A batch is a dict: ``image`` float32 [B, C, H, W] in [-1, 1], ``index`` int64 [B] (place in the source),
+    ``mirrored`` bool [B], and ``label`` int64 [B] when labels are on. The batch of step s depends on (seed, s) alone.
 
     Args:
         source: Where images come from; by default scikit-learn's handwritten digits.

@@ -3,7 +3,7 @@
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_mem.records import digest
 
@@ -67,8 +67,8 @@ class LatentCodec:
 
     name = "latents"
 
-    def __init__(self, vae: nn.Module) -> None:
-        self.vae: Any = vae.float().eval().requires_grad_(False)
+    def __init__(self, vae: Any) -> None:
+        self.vae = vae.float().eval().requires_grad_(False)
         config = self.vae.config
         scale = config.get("scaling_factor")
         if not scale or scale <= 0:

@@ -3,7 +3,7 @@
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, repeat
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from lightning_mem.data import MemorizationDataModule
 from lightning_mem.data.batches import Batch
-from lightning_mem.diffusion import DiffusionProcess
+from lightning_mem.diffusion import DiffusionProcess, PixelCodec
 from lightning_mem.modules.base import META, AbstractModule
 from lightning_mem.modules.denoiser import load_target, read_checkpoint
+from lightning_mem.modules.latents import LatentCache
 from lightning_mem.networks import ClassifierConfig, TimeClassifier, build_classifier
 from lightning_mem.randomness import derive_seed, generator
 from lightning_mem.records import digest
@@ -38,7 +39,8 @@ class AbstractClassifierModule(AbstractModule):
     """Base of classifiers of x_t, noised by the *target's* schedule.
 
     The target gives its schedule, image size and digest; its network is not kept. The length of a row of logits is
-    known when the data are read. At a validation every image is seen once a timestep bin, at a timestep and noise of
+    known when the data are read. Where the target works on latents, so does its classifier: images are encoded, each
+    once. At a validation every image is seen once a timestep bin, at a timestep and noise of
     its own address: curves are comparable, and equal for any number of processes.
 
     Args:
@@ -76,6 +78,8 @@ class AbstractClassifierModule(AbstractModule):
         super().__init__(optimizer, lr_scheduler, seed)
         parent = load_target(target, target_weights)
         self.process, self.shape, self.target_digest = parent.process, parent.shape, parent.digest
+        self.pixel_shape = parent.codec.pixel_shape(parent.shape)
+        self._latents = None if isinstance(parent.codec, PixelCodec) else LatentCache(parent.codec)
         self.interval = self.process.checked_interval(interval)
         low, high = self.interval
         if not 1 <= bins <= high - low:
@@ -129,10 +133,10 @@ class AbstractClassifierModule(AbstractModule):
                 "or read a trained one from its checkpoint"
             )
         found = (data.channels, data.image_size, data.image_size)
-        if found != tuple(self.shape):
+        if found != self.pixel_shape:
             raise ValueError(
-                f"the target {self.target_name} works on (channels, height, width) {tuple(self.shape)}, but the data "
-                f"give {found}: set data.channels {self.shape[0]} and data.image_size {self.shape[-1]}"
+                f"the target {self.target_name} makes images (channels, height, width) {self.pixel_shape}, but the "
+                f"data give {found}: set data.channels {self.pixel_shape[0]} and data.image_size {self.pixel_shape[-1]}"
             )
         self._take_data(data)
         self._build()
@@ -158,6 +162,28 @@ class AbstractClassifierModule(AbstractModule):
         """Compile the network, if asked for."""
         if self._compile:
             self._network().compile()
+
+    def on_fit_end(self) -> None:
+        """Let go of the latents."""
+        if self._latents is not None:
+            self._latents.clear()
+
+    def encoded(self, images: Tensor, source: str, rows: Tensor, mirrored: Tensor) -> Tensor:
+        """Images [B, C, H, W] in the space of the target's denoiser: itself for pixels.
+
+        Args:
+            images: Pixels in [-1, 1].
+            source: What ``rows`` counts in.
+            rows: int64 [B], which image each is.
+            mirrored: bool [B], and in which orientation.
+        """
+        if self._latents is None:
+            return images
+        return self._latents(images, zip(repeat(source), rows.tolist(), mirrored.tolist(), strict=False))
+
+    def clean(self, batch: Batch) -> Tensor:
+        """The batch's images in the space of the target's denoiser."""
+        return self.encoded(batch["image"], "data", batch["index"], batch["mirrored"])
 
     def draw_timesteps(self, count: int, draw: torch.Generator) -> Tensor:
         """This process's training timesteps of a global batch, int64 [count on this process]."""
@@ -189,7 +215,7 @@ class AbstractClassifierModule(AbstractModule):
             for place, (low, high) in zip(noise, self.bins, strict=True):
                 place.append(torch.randint(low, high, (1,), generator=draw))
                 place.append(torch.randn(self.shape, generator=draw))
-        x0, parts = batch["image"], []
+        x0, parts = self.clean(batch), []
         for place in noise:
             t, eps = torch.cat(place[::2]).to(self.device), torch.stack(place[1::2]).to(self.device)
             parts.append(self._answers(self.process.add_noise(x0, eps, t), t, batch))

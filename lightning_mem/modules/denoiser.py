@@ -12,6 +12,7 @@ from torch import Tensor
 from lightning_mem.data.batches import Batch
 from lightning_mem.diffusion import DiffusionProcess, Target
 from lightning_mem.modules.base import META, AbstractModule
+from lightning_mem.modules.text_to_image import is_text_to_image, load_text_to_image
 from lightning_mem.networks import UNetConfig, UNetDenoiser, build_unet
 from lightning_mem.randomness import generator
 from lightning_mem.records import digest
@@ -259,22 +260,28 @@ def load_pretrained(path: str) -> tuple[UNet2DModel, DiffusionProcess]:
     )
 
 
-def load_target(path: str | Path, weights: Weights = "ema", device: str = "cpu") -> Target:
+def load_target(path: str | Path, weights: Weights = "ema", device: str = "cpu", cfg_weight: float = 1.0) -> Target:
     """The target of a checkpoint, a run folder, or a diffusers folder or hub id.
 
     Args:
         path: ``*.ckpt`` (read with weights_only=True), a run folder (its ``checkpoints/last.ckpt``), else diffusers.
         weights: ``ema`` takes the averaged weights where there are any, ``raw`` the optimizer's own.
         device: Where to put the network.
+        cfg_weight: Weight of classifier-free guidance of a text-to-image model; 1 for none.
 
     Raises:
-        ValueError: If the checkpoint is not one of a DenoiserModule, or cannot be read.
+        ValueError: If the checkpoint is not one of a DenoiserModule, or cannot be read, or cfg_weight is not 1 and the
+            model knows no prompts.
     """
-    path = Path(path)
+    name, path = str(path), Path(path)
     if path.is_dir() and (path / "checkpoints").is_dir():
         path = path / "checkpoints" / "last.ckpt"
+    if path.suffix != ".ckpt" and is_text_to_image(name):
+        return load_text_to_image(name, device, cfg_weight)
+    if cfg_weight != 1:
+        raise ValueError(f"cfg_weight {cfg_weight} is for text-to-image models, and {name} is none: leave it at 1")
     if path.suffix != ".ckpt":
-        unet, process = load_pretrained(str(path))
+        unet, process = load_pretrained(name)
         size, num_classes = unet.config.sample_size, unet.config.num_class_embeds
         shape = (unet.config.in_channels, size, size)
         kind: Weights = "raw"

@@ -179,38 +179,39 @@ class RandomLabelModule(AbstractClassifierModule):
             self._others = data.heldout.images[torch.isin(data.heldout.indices, self._pushed)]
         elif self.push is not None:
             self._others = SampleSet.load(self.push).images
-            if self._others.shape[1:] != torch.Size(self.shape):
+            if tuple(self._others.shape[1:]) != self.pixel_shape:
                 found = tuple(self._others.shape[1:])
-                raise ValueError(f"push needs images {tuple(self.shape)}, but those of {self.push} are {found}")
+                raise ValueError(f"push needs images {self.pixel_shape}, but those of {self.push} are {found}")
 
     def on_fit_end(self) -> None:
         """Let go of the images."""
+        super().on_fit_end()
         self._own = self._others = None
 
-    def _drawn(self, pool: Tensor, count: int, draw: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Images of a pool, and their places in it, for ``count`` rows of this process; mirrored as the data are."""
+    def _drawn(self, name: str, pool: Tensor, count: int, draw: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Images of a pool in the denoiser's space, and their places, for ``count`` rows; mirrored as the data are."""
         rows = count * self.trainer.world_size
         places = self.own_rows(torch.randint(len(pool), (rows,), generator=draw, device=self.device))
         mirror = self.own_rows(torch.rand(rows, generator=draw, device=self.device) < 0.5)
         x = to_float(pool[places.to(pool.device)]).to(self.device)
         data = self._datamodule()
-        if data is not None and data.flip:
-            x = torch.where(mirror[:, None, None, None], x.flip(-1), x)
-        return x, places
+        mirror &= data is not None and data.flip
+        x = torch.where(mirror[:, None, None, None], x.flip(-1), x)
+        return self.encoded(x, name, places, mirror), places
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Mean cross-entropy at timesteps and noise addressed by the step; of pushed images to (1/2, 1/2) beside it."""
-        x, draw, labels = batch["image"], self.training_generator(), self._bits()
+        x, draw, labels = self.clean(batch), self.training_generator(), self._bits()
         bits, count = labels.of(batch["index"]), len(x)
         t = self.draw_timesteps(count, draw)
         if self._own is not None:
-            filler, places = self._drawn(self._own, count, draw)
+            filler, places = self._drawn("protected", self._own, count, draw)
             free = bits[:, 0] < 0
             x = torch.where(free[:, None, None, None], filler, x)
             bits = torch.where(free[:, None], labels.bits.to(places.device)[places], bits)
         x_t = self.noised(x, t, draw)
         if self._others is not None:
-            others, _ = self._drawn(self._others, count, draw)
+            others, _ = self._drawn("push", self._others, count, draw)
             times = self.draw_timesteps(count, draw)
             x_t, t = torch.cat([x_t, self.noised(others, times, draw)]), torch.cat([t, times])
         log_p = self(x_t, t).reshape(len(x_t), -1, 2).log_softmax(2)

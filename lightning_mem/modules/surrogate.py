@@ -90,6 +90,8 @@ class SurrogateModule(AbstractClassifierModule):
             target, target_weights, network, time_dependent, interval, bins, optimizer, lr_scheduler, channels_last,
             compile, seed,
         )  # fmt: skip
+        if labels_as == "posterior" and self._latents is not None:
+            raise ValueError(f"labels_as posterior is closed-form over pixels, and {target} works on latents: use hard")
         self.labels_as: LabelForm = labels_as
         self.label_smoothing = label_smoothing
         self.pseudo_labels: dict[str, Any] = {}
@@ -135,6 +137,7 @@ class SurrogateModule(AbstractClassifierModule):
 
     def on_fit_end(self) -> None:
         """Let go of the training images."""
+        super().on_fit_end()
         self._exact = None
 
     def _wanted(self, x_t: Tensor, t: Tensor, labels: Tensor) -> Tensor:
@@ -149,7 +152,7 @@ class SurrogateModule(AbstractClassifierModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Mean cross-entropy at timesteps and noise addressed by the step."""
-        x, draw = batch["image"], self.training_generator()
+        x, draw = self.clean(batch), self.training_generator()
         t = self.draw_timesteps(len(x), draw)
         if self.time_dependent:
             x = self.noised(x, t, draw)
