@@ -1,6 +1,7 @@
 """How sure a random-label classifier is of an image: the logit, the confidence q, and the slopes that change it."""
 
 import math
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -64,19 +65,23 @@ def confidence(logits: Tensor) -> Tensor:
     return logits.double().abs().amin(1).sigmoid()
 
 
-def certainty_slope(classifier: Classifier, x_t: Tensor, t: Tensor, form: Form) -> tuple[Tensor, Tensor]:
+def certainty_slope(
+    classifier: Classifier, x_t: Tensor, t: Tensor, form: Form, acts: Callable[[Tensor], Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
     r"""The direction d in which the certainty of the guess grows, and the logits there.
 
     .. math:: d_{\text{repel}} = \nabla_{x_t} \log p(\hat y \mid x_t) = (1 - q)\,\mathrm{sgn}(l)\,\nabla l, \qquad
         d_{\text{attract}} = -\nabla_{x_t} \log p(1 - \hat y \mid x_t) = q\,\mathrm{sgn}(l)\,\nabla l
 
-    the mean over labelings where there are several. 0 where l = 0: nothing is guessed there.
+    the mean over labelings where there are several. 0 where l = 0: nothing is guessed there. One forward pass gives
+    both; the backward pass goes through the rows that are asked for, and does not run where there are none.
 
     Args:
         classifier: See :func:`binary_logits`; frozen and in evaluation mode meanwhile.
         x_t: [B, C, H, W].
         t: int64 [B], training timesteps.
         form: ``repel`` or ``attract``.
+        acts: Logits [B, R] -> bool [B], the rows whose slope is wanted; d is 0 in the others. Null for all.
 
     Returns:
         d [B, C, H, W] and logits [B, R], in at least float32.
@@ -89,8 +94,11 @@ def certainty_slope(classifier: Classifier, x_t: Tensor, t: Tensor, form: Form) 
         x = x_t.detach().clone().to(torch.promote_types(x_t.dtype, torch.float32)).requires_grad_()
         with frozen(classifier):
             logits = binary_logits(classifier, x, t.clone())
-            sign = logits.detach().sign()
-            log_p = logsigmoid(sign * logits) if form == "repel" else -logsigmoid(-sign * logits)
+            own = logits if acts is None else logits[acts(logits.detach())]
+            if len(own) == 0:
+                return torch.zeros_like(x, requires_grad=False), logits.detach()
+            sign = own.detach().sign()
+            log_p = logsigmoid(sign * own) if form == "repel" else -logsigmoid(-sign * own)
             total = (log_p * sign.abs()).mean(1).sum()
             slope = torch.autograd.grad(total, x, allow_unused=True)[0] if total.requires_grad else None
     if slope is None:

@@ -8,13 +8,10 @@ import torch
 from torch import Tensor
 
 from lightning_mem.defenses.certificates import Certificates, Watch
-from lightning_mem.defenses.confidence import Form, certainty_slope, check_tol, confidence, logits_of
+from lightning_mem.defenses.confidence import Form, certainty_slope, check_tol, confidence
 from lightning_mem.diffusion import Codec, DiffusionProcess
 from lightning_mem.diffusion.guidance import Classifier, identity_of, process_of
 from lightning_mem.diffusion.sampling import network_of
-
-CHUNK = 32
-"""Gated rows of one backward pass; the last chunk is padded, so that rounding does not depend on a row's company."""
 
 
 class CPSample:
@@ -27,8 +24,9 @@ class CPSample:
     q / (1 - q) times as long, about 1/tol at the gate, so a scale means something for one form and one classifier only.
     ``repel`` vanishes where the classifier is surest: it hardly moves a finished copy.
 
-    The classifier's forward pass runs on every row of a step, its backward pass on gated rows only. Where ``scale`` is
-    0, outside the interval, or where no row is gated, nothing is added, bit for bit. After a draw
+    The classifier's forward pass runs on every row of a step, its backward pass through gated rows only, and not at all
+    where there are none; both in the shape of the whole call, so that rounding does not depend on a row's company.
+    Where ``scale`` is 0, outside the interval, or where no row is gated, nothing is added, bit for bit. After a draw
     :meth:`certificates` says for every sample how often the gate opened.
 
     Args:
@@ -112,28 +110,17 @@ class CPSample:
         inside = (steps >= self.interval[0]) & (steps < self.interval[1])
         if self.scale == 0 or not inside.any():
             return None
-        slope, logits = None, torch.empty(0)
-        if self.tol == 0.5 and inside.all():  # every row is gated: one pass does both
-            slope, logits = certainty_slope(self.classifier, x_t, t, self.form)
-        else:
-            logits = logits_of(self.classifier, x_t, t)
-        gated = (logits.abs().amin(1) > self.gate) & inside.to(x_t.device)
-        self._count(steps, addresses, confidence(logits), gated)
-        rows = gated.nonzero().flatten()
-        if len(rows) == 0:
-            return None
-        slopes = self._slopes(x_t, t, rows) if slope is None else slope[rows]
-        term = torch.zeros_like(x_t, dtype=slopes.dtype)
-        term[rows] = -self.scale * slopes
-        return term
+        within = inside.to(x_t.device)
 
-    def _slopes(self, x_t: Tensor, t: Tensor, rows: Tensor) -> Tensor:
-        """d of some rows, in chunks of one shape."""
-        found = []
-        for part in rows.split(CHUNK):
-            padded = torch.cat([part, part[-1:].expand(CHUNK - len(part))])
-            found.append(certainty_slope(self.classifier, x_t[padded], t[padded], self.form)[0][: len(part)])
-        return torch.cat(found)
+        def is_gated(logits: Tensor) -> Tensor:
+            return (logits.abs().amin(1) > self.gate) & within
+
+        slope, logits = certainty_slope(self.classifier, x_t, t, self.form, is_gated)
+        gated = is_gated(logits)
+        self._count(steps, addresses, confidence(logits), gated)
+        if not gated.any():
+            return None
+        return torch.where(gated.reshape(-1, *[1] * (x_t.ndim - 1)), -self.scale * slope, 0)
 
     def _count(self, t: Tensor, addresses: Tensor, q: Tensor, gated: Tensor) -> None:
         """Evaluations, and what each sample went through; rows that pad a block by repeating an address count once."""
