@@ -117,7 +117,8 @@ class LatentCodec:
     def _in_blocks(self, rows: Tensor, call: Any) -> Tensor:
         self.vae.to(rows.device)
         found = []
-        for part in torch.arange(len(rows)).split(BLOCK):
-            padded = torch.cat([part, part[-1:].expand(BLOCK - len(part))])
-            found.append(call(rows[padded].float())[: len(part)])
+        with torch.autocast(rows.device.type, enabled=False):  # a training in reduced precision sees the same latents
+            for part in torch.arange(len(rows)).split(BLOCK):
+                padded = torch.cat([part, part[-1:].expand(BLOCK - len(part))])
+                found.append(call(rows[padded].float())[: len(part)])
         return torch.cat(found)

@@ -3,6 +3,7 @@
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -12,6 +13,8 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
 from lightning_mem.data import MemorizationDataModule
+from lightning_mem.data.batches import Batch
+from lightning_mem.modules.latents import LatentCache
 from lightning_mem.randomness import derive_seed, generator
 from lightning_mem.types import Weights
 
@@ -56,6 +59,7 @@ class AbstractModule(LightningModule, ABC):
         self._lr_scheduler = None if lr_scheduler is None else _Shared(lr_scheduler)
         self.seed = int(os.environ.get("PL_GLOBAL_SEED", "0")) if seed is None else seed
         self._first_bad_step: Tensor | None = None
+        self._latents: LatentCache | None = None
         self.restored_step = 0
         self.restored_weights: Weights = "raw"
 
@@ -103,6 +107,30 @@ class AbstractModule(LightningModule, ABC):
         places, found = (torch.as_tensor(self.all_gather(part)) for part in (rows, values))
         merged = dict(zip(places.flatten().tolist(), found.reshape(-1, *values.shape[1:]), strict=True))
         return {row: merged[row] for row in sorted(merged)}
+
+    def encoded(self, images: Tensor, source: str, rows: Tensor, mirrored: Tensor) -> Tensor:
+        """Images [B, C, H, W] in the space of the denoiser: themselves for pixels; latents are made once an image.
+
+        Args:
+            images: Pixels in [-1, 1].
+            source: What ``rows`` counts in.
+            rows: int64 [B], which image each is.
+            mirrored: bool [B], and in which orientation.
+        """
+        if self._latents is None:
+            return images
+        return self._latents(images, zip(repeat(source), rows.tolist(), mirrored.tolist(), strict=False))
+
+    def clean(self, batch: Batch) -> Tensor:
+        """The batch's images in the space of the denoiser."""
+        if self._latents is None:
+            return batch["image"]
+        return self.encoded(batch["image"], "data", batch["index"], batch["mirrored"])
+
+    def on_fit_end(self) -> None:
+        """Let go of latents."""
+        if self._latents is not None:
+            self._latents.clear()
 
     @property
     def is_shown(self) -> bool:

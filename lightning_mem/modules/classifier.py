@@ -3,7 +3,7 @@
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import pairwise, repeat
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,8 @@ from lightning_mem.data import MemorizationDataModule
 from lightning_mem.data.batches import Batch
 from lightning_mem.diffusion import DiffusionProcess, PixelCodec
 from lightning_mem.modules.base import META, AbstractModule
-from lightning_mem.modules.denoiser import load_target, read_checkpoint
 from lightning_mem.modules.latents import LatentCache
+from lightning_mem.modules.pretrained import load_target, read_checkpoint
 from lightning_mem.networks import ClassifierConfig, TimeClassifier, build_classifier
 from lightning_mem.randomness import derive_seed, generator
 from lightning_mem.records import digest
@@ -162,28 +162,6 @@ class AbstractClassifierModule(AbstractModule):
         """Compile the network, if asked for."""
         if self._compile:
             self._network().compile()
-
-    def on_fit_end(self) -> None:
-        """Let go of the latents."""
-        if self._latents is not None:
-            self._latents.clear()
-
-    def encoded(self, images: Tensor, source: str, rows: Tensor, mirrored: Tensor) -> Tensor:
-        """Images [B, C, H, W] in the space of the target's denoiser: itself for pixels.
-
-        Args:
-            images: Pixels in [-1, 1].
-            source: What ``rows`` counts in.
-            rows: int64 [B], which image each is.
-            mirrored: bool [B], and in which orientation.
-        """
-        if self._latents is None:
-            return images
-        return self._latents(images, zip(repeat(source), rows.tolist(), mirrored.tolist(), strict=False))
-
-    def clean(self, batch: Batch) -> Tensor:
-        """The batch's images in the space of the target's denoiser."""
-        return self.encoded(batch["image"], "data", batch["index"], batch["mirrored"])
 
     def draw_timesteps(self, count: int, draw: torch.Generator) -> Tensor:
         """This process's training timesteps of a global batch, int64 [count on this process]."""

@@ -4,18 +4,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from diffusers import DDIMPipeline, DDPMScheduler, DiffusionPipeline, UNet2DModel
+from diffusers import DDIMPipeline, DDPMScheduler, DiffusionPipeline
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from lightning_mem.data.batches import Batch
-from lightning_mem.diffusion import DiffusionProcess, Target
+from lightning_mem.diffusion import DiffusionProcess, PixelCodec, Target
 from lightning_mem.modules.base import META, AbstractModule
-from lightning_mem.modules.text_to_image import is_text_to_image, load_text_to_image
+from lightning_mem.modules.latents import LatentCache
+from lightning_mem.modules.pretrained import checkpoint_file, load_pretrained, load_target, read_checkpoint
+from lightning_mem.modules.text_to_image import TextToImageParts, is_text_to_image, load_latent_unet, load_parts
 from lightning_mem.networks import UNetConfig, UNetDenoiser, build_unet
 from lightning_mem.randomness import generator
-from lightning_mem.records import digest
 from lightning_mem.types import Weights
 
 Loss = Literal["plain", "min_snr"]
@@ -55,7 +55,8 @@ class DenoiserModule(AbstractModule):
         num_classes: Labels the network is conditioned on; given by the rule ``data.labels``; null for none.
         network: The UNet; not used with ``pretrained``.
         process: Noise schedule and prediction; not used with ``pretrained``. null: cosine, 1000 timesteps, eps.
-        pretrained: A diffusers folder or hub id to start from: network, schedule and prediction are taken from it.
+        pretrained: A diffusers folder or hub id to start from: network, schedule and prediction are taken from it. A
+            text-to-image model (Stable Diffusion) is trained on latents, every image under the empty prompt.
         loss: Weighting of the squared error: ``plain`` or ``min_snr``.
         snr_gamma: Gamma of ``min_snr``.
         optimizer: Optimizer by class_path.
@@ -85,12 +86,17 @@ class DenoiserModule(AbstractModule):
         seed: int | None = None,
     ) -> None:
         super().__init__(optimizer, lr_scheduler, seed)
+        self._parts: TextToImageParts | None = None
+        self.unet: Any
         if snr_gamma <= 0:
             raise ValueError(f"snr_gamma must be positive, got {snr_gamma}")
         if pretrained is not None:
             if network is not None or process is not None:
                 raise ValueError("pretrained brings its own network and process: leave both out of the configuration")
-            unet, self.process = load_pretrained(pretrained)
+            if is_text_to_image(pretrained):
+                self._parts = load_parts(pretrained)
+                self._latents = LatentCache(self._parts.codec)
+            unet, self.process = load_pretrained(pretrained) if self._parts is None else load_latent_unet(pretrained)
             self.unet = unet.train()
             self._check_pretrained(pretrained, image_size, channels, num_classes)
         else:
@@ -100,6 +106,8 @@ class DenoiserModule(AbstractModule):
             self.unet.to(memory_format=torch.channels_last)
         self.pretrained = pretrained
         self.shape = (channels, image_size, image_size)
+        if self._parts is not None:
+            self.shape = (self.unet.config.in_channels, *[self.unet.config.sample_size] * 2)
         self.num_classes = num_classes
         self.loss: Loss = loss
         self.snr_gamma = snr_gamma
@@ -107,11 +115,11 @@ class DenoiserModule(AbstractModule):
         self._validation: list[tuple[Tensor, Tensor]] = []
 
     def _check_pretrained(self, path: str, image_size: int, channels: int, num_classes: int | None) -> None:
-        theirs = self.unet.config
+        sizes = sizes_of(self.unet, self._parts)
         for name, given, own in (
-            ("channels", channels, theirs.in_channels),
-            ("num_classes", num_classes, theirs.num_class_embeds),
-            ("image_size", image_size, theirs.sample_size),
+            ("channels", channels, sizes["channels"]),
+            ("num_classes", num_classes, sizes["num_classes"]),
+            ("image_size", image_size, sizes["image_size"]),
         ):
             if (own is not None and given != own) or (name == "num_classes" and given != own):
                 raise ValueError(f"{path} has {name} {own}, but the data give {given}: set the data options to match")
@@ -119,10 +127,11 @@ class DenoiserModule(AbstractModule):
     @classmethod
     def from_diffusers(cls, path: str | Path, **options: Any) -> "DenoiserModule":
         """A module around a diffusers pipeline (folder or hub id); ``options`` as in the constructor."""
-        unet, _ = load_pretrained(str(path))
-        config = unet.config
-        sizes = {"image_size": config.sample_size, "channels": config.in_channels}
-        return cls(**{**sizes, "num_classes": config.num_class_embeds, "pretrained": str(path), **options})
+        if is_text_to_image(path):
+            sizes = sizes_of(load_latent_unet(path)[0], load_parts(path))
+        else:
+            sizes = sizes_of(load_pretrained(str(path))[0], None)
+        return cls(**{**sizes, "pretrained": str(path), **options})
 
     @classmethod
     def from_checkpoint(cls, path: str | Path, weights: Weights = "ema", **options: Any) -> "DenoiserModule":
@@ -134,13 +143,20 @@ class DenoiserModule(AbstractModule):
             options: As in the constructor, except what the checkpoint knows.
         """
         target = load_target(path, weights)
-        channels, size, _ = target.shape
+        channels, size, _ = target.codec.pixel_shape(target.shape)
+        if not isinstance(target.codec, PixelCodec):
+            file = checkpoint_file(path)
+            options |= {"pretrained": path if file is None else read_checkpoint(file)[META]["based_on"]}
         module = cls(size, channels, target.num_classes, **options)
         module.unet, module.process = target.denoiser.module.train(), target.process
         return module
 
     def to_diffusers(self, folder: str | Path) -> Path:
-        """Write a folder that ``DDIMPipeline.from_pretrained`` and :meth:`from_diffusers` load (safetensors)."""
+        """Write a folder that :meth:`from_diffusers` loads, and diffusers' pipeline of its kind (safetensors)."""
+        if self._parts is not None:
+            whole = DiffusionPipeline.from_pretrained(self.pretrained, unet=self.unet, use_safetensors=True)
+            whole.save_pretrained(str(folder), safe_serialization=True)
+            return Path(folder)
         scheduler = DDPMScheduler.from_config(self.process.config)
         DDIMPipeline(unet=self.unet, scheduler=scheduler).save_pretrained(str(folder), safe_serialization=True)
         return Path(folder)
@@ -151,6 +167,8 @@ class DenoiserModule(AbstractModule):
         Args:
             weights: What to call the weights that are in the network now.
         """
+        if self._parts is not None:
+            return self._parts.target(self.unet, self.process, weights, self.device, identified=False)
         return Target(
             denoiser=UNetDenoiser(self.unet, self.process.prediction),
             process=self.process,
@@ -168,13 +186,13 @@ class DenoiserModule(AbstractModule):
     def _loss(self, x0: Tensor, eps: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
         """Weighted squared error of each row, [B]."""
         x_t = self.process.add_noise(x0, eps, t)
-        output = self.unet(x_t, t, class_labels=labels).sample
+        output = self.target().denoiser(x_t, t, labels)
         error = (output.float() - self.process.training_target(x0, eps, t)).square().flatten(1).mean(1)
         return error * loss_weight(self.process, t, self.loss, self.snr_gamma)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Mean weighted error at timesteps and noise addressed by the step."""
-        x0 = batch["image"]
+        x0 = self.clean(batch)
         rows = len(x0) * self.trainer.world_size
         draw = self.training_generator()
         t = torch.randint(self.process.num_timesteps, (rows,), generator=draw, device=self.device)
@@ -199,7 +217,7 @@ class DenoiserModule(AbstractModule):
             eps.append(torch.randn(self.shape, generator=draw))
         labels = batch["label"] if self.num_classes is not None else None
         t_rows, eps_rows = torch.cat(t).to(self.device), torch.stack(eps).to(self.device)
-        loss = self._loss(batch["image"], eps_rows, t_rows, labels)
+        loss = self._loss(self.clean(batch), eps_rows, t_rows, labels)
         self._validation.append((batch["row"], loss.double()))
 
     def on_validation_epoch_end(self) -> None:
@@ -228,96 +246,13 @@ class DenoiserModule(AbstractModule):
             "process": {k: v for k, v in self.process.config.items() if isinstance(v, str | int | float | bool)},
             "shape": list(self.shape),
             "num_classes": self.num_classes,
+            **({} if self._parts is None else {"based_on": self.pretrained, "parts_digest": self._parts.digest}),
         }
 
 
-def load_pretrained(path: str) -> tuple[UNet2DModel, DiffusionProcess]:
-    """Network and process of an unconditional diffusers pipeline.
-
-    Args:
-        path: A folder written by diffusers, or a hub id.
-
-    Raises:
-        ValueError: If there is no such pipeline, its weights are not safetensors, or it is of a kind that cannot be
-            trained here (latent, text-conditioned, flow matching): named.
-    """
-    try:
-        pipeline = DiffusionPipeline.from_pretrained(path, use_safetensors=True)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"pretrained must be a diffusers folder (model_index.json, safetensors weights) or a hub id, "
-            f"got {path!r}: {error}"
-        ) from error
-    unet = getattr(pipeline, "unet", None)
-    if not isinstance(unet, UNet2DModel) or getattr(pipeline, "vae", None) or getattr(pipeline, "vqvae", None):
-        raise ValueError(
-            f"{path} is a {type(pipeline).__name__} with a {type(unet).__name__}; legal are pixel-space pipelines "
-            "around UNet2DModel (DDPMPipeline, DDIMPipeline)"
-        )
-    rank_zero_info(f"starting from {path}: {sum(p.numel() for p in unet.parameters()):,} parameters")
-    return unet, DiffusionProcess.from_config(
-        {**pipeline.scheduler.config, "_class_name": type(pipeline.scheduler).__name__}
-    )
-
-
-def load_target(path: str | Path, weights: Weights = "ema", device: str = "cpu", cfg_weight: float = 1.0) -> Target:
-    """The target of a checkpoint, a run folder, or a diffusers folder or hub id.
-
-    Args:
-        path: ``*.ckpt`` (read with weights_only=True), a run folder (its ``checkpoints/last.ckpt``), else diffusers.
-        weights: ``ema`` takes the averaged weights where there are any, ``raw`` the optimizer's own.
-        device: Where to put the network.
-        cfg_weight: Weight of classifier-free guidance of a text-to-image model; 1 for none.
-
-    Raises:
-        ValueError: If the checkpoint is not one of a DenoiserModule, or cannot be read, or cfg_weight is not 1 and the
-            model knows no prompts.
-    """
-    name, path = str(path), Path(path)
-    if path.is_dir() and (path / "checkpoints").is_dir():
-        path = path / "checkpoints" / "last.ckpt"
-    if path.suffix != ".ckpt" and is_text_to_image(name):
-        return load_text_to_image(name, device, cfg_weight)
-    if cfg_weight != 1:
-        raise ValueError(f"cfg_weight {cfg_weight} is for text-to-image models, and {name} is none: leave it at 1")
-    if path.suffix != ".ckpt":
-        unet, process = load_pretrained(name)
-        size, num_classes = unet.config.sample_size, unet.config.num_class_embeds
-        shape = (unet.config.in_channels, size, size)
-        kind: Weights = "raw"
-    else:
-        checkpoint = read_checkpoint(path)
-        meta = checkpoint.get(META, {})
-        if meta.get("module") != DenoiserModule.__name__:
-            raise ValueError(f"{path} is a checkpoint of {meta.get('module', 'something else')}, not of DenoiserModule")
-        unet = UNet2DModel.from_config(meta["network"])
-        averaged = "current_model_state" in checkpoint
-        state = checkpoint["current_model_state" if averaged and weights == "raw" else "state_dict"]
-        unet.load_state_dict({name.removeprefix("unet."): value for name, value in state.items()})
-        process = DiffusionProcess.from_config(meta["process"])
-        shape, num_classes = tuple(meta["shape"]), meta["num_classes"]
-        kind = "ema" if averaged and weights == "ema" else "raw"
-    unet = unet.to(device).eval()
-    return Target(
-        denoiser=UNetDenoiser(unet, process.prediction),
-        process=process,
-        shape=shape,
-        num_classes=num_classes,
-        weights=kind,
-        digest=digest(process.digest, *[value for _, value in sorted(unet.state_dict().items())]),
-        device=device,
-    )
-
-
-def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """A checkpoint, read so that it cannot run code.
-
-    Raises:
-        ValueError: If the file is missing, cut off, or holds more than tensors and plain values.
-    """
-    if not Path(path).is_file():
-        raise ValueError(f"there is no checkpoint at {path}")
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # the loader raises a dozen types for damaged files
-        raise ValueError(f"{path} cannot be read as a checkpoint (damaged, or not ours): {error}") from error
+def sizes_of(unet: Any, parts: TextToImageParts | None) -> dict[str, int | None]:
+    """Channels and side of the images that a UNet makes, and its number of classes."""
+    config = unet.config
+    shape = (config.in_channels, config.sample_size, config.sample_size)
+    channels, size, _ = shape if parts is None else parts.codec.pixel_shape(shape)
+    return {"channels": channels, "image_size": size, "num_classes": config.get("num_class_embeds")}

@@ -16,7 +16,7 @@ from lightning_mem.data.batches import Batch
 from lightning_mem.data.split import ImageSet, read_indices
 from lightning_mem.modules.base import META
 from lightning_mem.modules.classifier import AbstractClassifierModule, FrozenClassifier, read_frozen
-from lightning_mem.modules.denoiser import read_checkpoint
+from lightning_mem.modules.pretrained import read_checkpoint
 from lightning_mem.networks import ClassifierConfig
 from lightning_mem.types import SampleSet, Weights, to_float
 

@@ -1,15 +1,21 @@
 """Text-to-image models of diffusers as targets: a latent UNet, its autoencoder, and what embeds prompts."""
 
 import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from huggingface_hub import hf_hub_download
+from torch import Tensor
 
 from lightning_mem.diffusion import DiffusionProcess, LatentCodec, Target
 from lightning_mem.networks import PromptEncoder, TextDenoiser
 from lightning_mem.records import digest
+from lightning_mem.types import Weights
 
 INDEX = "model_index.json"
 """The file of a diffusers pipeline that names its parts."""
@@ -36,6 +42,52 @@ def is_text_to_image(path: str | Path) -> bool:
     return (read_index(path).get("unet") or [None, None])[1] == PARTS["unet"]
 
 
+@dataclass(frozen=True)
+class TextToImageParts:
+    """What a text-to-image UNet works with; frozen, so that copies of whatever holds it share it.
+
+    Args:
+        codec: Between latents and pixels.
+        conditioner: Makes conditions of prompts; null where the model has no text encoder.
+        empty: Condition of the empty prompt; null likewise.
+    """
+
+    codec: LatentCodec
+    conditioner: PromptEncoder | None
+    empty: Mapping[str, Tensor] | None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "TextToImageParts":
+        return self
+
+    @cached_property
+    def digest(self) -> str:
+        """Identity: equal digests mean equal latents and an equal empty prompt."""
+        return digest(self.codec.digest, *(self.empty or {}).values())
+
+    def target(
+        self,
+        unet: UNet2DConditionModel,
+        process: DiffusionProcess,
+        weights: Weights = "raw",
+        device: torch.device | str = "cpu",
+        cfg_weight: float = 1.0,
+        identified: bool = True,
+    ) -> Target:
+        """The target of a UNet with these parts; ``identified`` computes its digest."""
+        values = [value for _, value in sorted(unet.state_dict().items())] if identified else []
+        size = unet.config.sample_size
+        return Target(
+            denoiser=TextDenoiser(unet, process.prediction, self.empty, cfg_weight),
+            process=process,
+            shape=(unet.config.in_channels, size, size),
+            weights=weights,
+            digest=digest(process.digest, self.digest, cfg_weight, *values) if identified else "",
+            codec=self.codec,
+            conditioner=self.conditioner,
+            device=device,
+        )
+
+
 def load_text_to_image(path: str | Path, device: str = "cpu", cfg_weight: float = 1.0) -> Target:
     """The target of a Stable-Diffusion-type model, in float32.
 
@@ -49,49 +101,55 @@ def load_text_to_image(path: str | Path, device: str = "cpu", cfg_weight: float 
     Raises:
         ValueError: If a part is missing, is of another class, or asks for more than prompt embeddings (named).
     """
-    name, index = str(path), read_index(path)
-    for part, wanted in PARTS.items():
-        found = (index.get(part) or [None, None])[1]
-        if found is None or (wanted is not None and found != wanted):
-            raise ValueError(f"{name} has as {part} {found or 'nothing'}, but a text-to-image target needs {wanted}")
+    parts = load_parts(path, device)
+    unet, process = load_latent_unet(path)
+    unet.requires_grad_(False)
+    return parts.target(unet.to(device).eval(), process, "raw", device, cfg_weight)
+
+
+def load_latent_unet(path: str | Path) -> tuple[UNet2DConditionModel, DiffusionProcess]:
+    """UNet and process of a Stable-Diffusion-type model; see :func:`load_text_to_image`."""
+    name, scheduler = str(path), _classes(path)["scheduler"]
     unet = UNet2DConditionModel.from_pretrained(name, subfolder="unet", use_safetensors=True)
-    more = [key for key in UNKNOWN if unet.config.get(key) is not None]
-    size = unet.config.sample_size
-    if more or not isinstance(size, int) or unet.config.in_channels != unet.config.out_channels:
-        raise ValueError(
-            f"{name} has a UNet that is not Stable Diffusion's (v1 and v2): its configuration says "
-            f"{ {key: unet.config.get(key) for key in (*more, 'sample_size', 'in_channels', 'out_channels')} }"
-        )
-    vae = AutoencoderKL.from_pretrained(name, subfolder="vae", use_safetensors=True)
-    scheduler = DDIMScheduler.load_config(name, subfolder="scheduler")
+    config = unet.config
+    more = [key for key in UNKNOWN if config.get(key) is not None]
+    if more or not isinstance(config.sample_size, int) or config.in_channels != config.out_channels:
+        shown = {key: config.get(key) for key in (*more, "sample_size", "in_channels", "out_channels")}
+        raise ValueError(f"{name} has a UNet that is not Stable Diffusion's (v1 and v2): it says {shown}")
+    schedule = DDIMScheduler.load_config(name, subfolder="scheduler")
     # latents are not clipped; schedulers that know no clipping do not say so, and others read that as "clip"
-    process = DiffusionProcess.from_config({"clip_sample": False, **scheduler, "_class_name": index["scheduler"][1]})
-    unet, codec = unet.to(device).eval().requires_grad_(False), LatentCodec(vae.to(device))
-    conditioner = _prompt_encoder(name, index, device)
-    empty = None if conditioner is None else conditioner([""])
-    weights = [value for _, value in sorted(unet.state_dict().items())]
-    return Target(
-        denoiser=TextDenoiser(unet, process.prediction, empty, cfg_weight),
-        process=process,
-        shape=(unet.config.in_channels, size, size),
-        digest=digest(process.digest, codec.digest, cfg_weight, *([] if empty is None else empty.values()), *weights),
-        codec=codec,
-        conditioner=conditioner,
-        device=device,
-    )
+    return unet, DiffusionProcess.from_config({"clip_sample": False, **schedule, "_class_name": scheduler})
 
 
-def _prompt_encoder(name: str, index: dict[str, Any], device: str) -> PromptEncoder | None:
-    """CLIP's text model, where the pipeline has it."""
-    found = [(index.get(part) or [None, None])[1] for part in ("tokenizer", "text_encoder")]
+def load_parts(path: str | Path, device: torch.device | str = "cpu") -> TextToImageParts:
+    """Autoencoder and text encoder of a Stable-Diffusion-type model; see :func:`load_text_to_image`."""
+    name, classes = str(path), _classes(path)
+    vae = AutoencoderKL.from_pretrained(name, subfolder="vae", use_safetensors=True)
+    found = [classes["tokenizer"], classes["text_encoder"]]
     if None in found:
-        return None
+        return TextToImageParts(LatentCodec(vae.to(device)), None, None)
     if found[0] not in ("CLIPTokenizer", "CLIPTokenizerFast") or found[1] != "CLIPTextModel":
         raise ValueError(f"{name} has {found[0]} and {found[1]}; legal are CLIPTokenizer and CLIPTextModel")
     try:
         from transformers import CLIPTextModel, CLIPTokenizer
     except ImportError as error:
         raise ValueError(f"{name} needs transformers for its text encoder: pip install lightning-mem[text]") from error
-    tokenizer = CLIPTokenizer.from_pretrained(name, subfolder="tokenizer")
     encoder: Any = CLIPTextModel.from_pretrained(name, subfolder="text_encoder", use_safetensors=True)
-    return PromptEncoder(tokenizer, encoder.to(device))
+    conditioner = PromptEncoder(CLIPTokenizer.from_pretrained(name, subfolder="tokenizer"), encoder.to(device))
+    return TextToImageParts(LatentCodec(vae.to(device)), conditioner, conditioner([""]))
+
+
+def _classes(path: str | Path) -> dict[str, str | None]:
+    """Class of each part.
+
+    Raises:
+        ValueError: If one that is needed is missing or of another class.
+    """
+    index = read_index(path)
+    found = {part: (index.get(part) or [None, None])[1] for part in (*PARTS, "tokenizer", "text_encoder")}
+    for part, wanted in PARTS.items():
+        if found[part] is None or wanted not in (None, found[part]):
+            raise ValueError(
+                f"{path} has as {part} {found[part] or 'nothing'}, but a text-to-image model needs {wanted or 'one'}"
+            )
+    return found

@@ -80,12 +80,12 @@ class TextDenoiser:
         if condition is None and self.empty is None:
             raise ValueError(f"the model has no text encoder: pass condition={{{STATES!r}: [B, tokens, channels]}}")
         if condition is None or self.cfg_weight == 1:
-            return self.module(x_t, t, **(self._none(len(x_t)) if condition is None else condition)).sample
-        none = self._none(len(x_t))
+            return self.module(x_t, t, **(self._none(len(x_t), x_t.device) if condition is None else condition)).sample
+        none = self._none(len(x_t), x_t.device)
         both = {name: torch.cat([none[name], value]) for name, value in condition.items()}
         without, given = self.module(x_t.repeat(2, 1, 1, 1), t.repeat(2), **both).sample.chunk(2)
         return without + self.cfg_weight * (given - without)
 
-    def _none(self, count: int) -> dict[str, Tensor]:
+    def _none(self, count: int, device: torch.device) -> dict[str, Tensor]:
         empty = self.empty or {}
-        return {name: value.expand(count, *value.shape[1:]) for name, value in empty.items()}
+        return {name: value.to(device).expand(count, *value.shape[1:]) for name, value in empty.items()}

@@ -55,6 +55,8 @@ def test_an_image_has_one_latent_in_any_company() -> None:
     assert torch.equal(codec.encode(pixels[5:6]), whole[5:6])
     assert torch.equal(codec.encode(pixels.flip(0)), whole.flip(0))
     assert torch.equal(codec.decode(whole[6:]), codec.decode(whole)[6:])
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(codec.encode(pixels), whole)
 
 
 def test_the_autoencoder_is_frozen_and_told_apart() -> None:

@@ -6,14 +6,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import PNDMScheduler
+from diffusers import DDIMPipeline, DDIMScheduler, PNDMScheduler, StableDiffusionPipeline
 from stable_diffusion import SCHEDULE, save_pipeline, tiny_pipeline
 
 from lightning_mem.data import MemorizationDataModule
-from lightning_mem.diffusion import sample, sample_x0
-from lightning_mem.modules import RandomLabelModule, SurrogateModule, load_target
+from lightning_mem.diffusion import DiffusionProcess, sample, sample_x0
+from lightning_mem.modules import DenoiserModule, RandomLabelModule, SurrogateModule, load_target
+from lightning_mem.modules.base import META
 from lightning_mem.modules.latents import LatentCache
+from lightning_mem.networks import UNetConfig, build_unet
 from lightning_mem.randomness import generator
+from lightning_mem.records import read_records
 from lightning_mem.types import to_float, to_uint8
 
 
@@ -86,7 +89,7 @@ def without_part(folder: str, place: Path, part: str, value: list[str | None]) -
 @pytest.mark.parametrize(
     ("part", "value", "message"),
     [
-        ("vae", [None, None], "has as vae nothing, but a text-to-image target needs AutoencoderKL"),
+        ("vae", [None, None], "has as vae nothing, but a text-to-image model needs AutoencoderKL"),
         ("vae", ["diffusers", "VQModel"], "has as vae VQModel"),
         ("scheduler", ["diffusers", "FlowMatchEulerDiscreteScheduler"], "flow matching, which is not built yet"),
         ("text_encoder", ["transformers", "T5EncoderModel"], "legal are CLIPTokenizer and CLIPTextModel"),
@@ -115,9 +118,7 @@ def test_without_a_text_encoder_embeddings_are_given(folder: str, tmp_path: Path
         load_target(bare, cfg_weight=2.0)
 
 
-def test_a_pixel_model_has_no_weight_and_a_prompt_is_no_list(folder: str) -> None:
-    with pytest.raises(ValueError, match="cfg_weight 2.0 is for text-to-image models, and run/last.ckpt is none"):
-        load_target("run/last.ckpt", cfg_weight=2.0)
+def test_a_prompt_is_no_list(folder: str) -> None:
     with pytest.raises(ValueError, match="one a sample, got the text 'a cat'"):
         load_target(folder).conditioner("a cat")
 
@@ -180,3 +181,110 @@ def test_a_loader_says_which_images_are_mirrored() -> None:
     assert 0 < int(batch["mirrored"].sum()) < 20
     expected = torch.where(batch["mirrored"][:, None, None, None], original.flip(-1), original)
     assert torch.equal(batch["image"], expected)
+
+
+def tuned(folder: str, fit, tmp_path: Path, *options: str) -> Path:
+    """The tiny run of digits in colour at 16 x 16, from this pipeline."""
+    text = (Path(__file__).parent.parent / "tiny.yaml").read_text()
+    head, tail = text.index("    network:"), text.index("    optimizer:")
+    config = tmp_path / "tuned.yaml"
+    cheaper = text[tail:].replace("num_samples: 70", "num_samples: 32").replace("raw: true", "raw: false")
+    config.write_text(text[:head] + f"    pretrained: {folder}\n" + cheaper)
+    given = ["--data.image_size", "16", "--data.channels", "3", "--trainer.max_steps", "2", *options]
+    given += ["--trainer.val_check_interval", "2", "--trainer.callbacks.init_args.monitor", "val/loss"]
+    return fit("tuned", *given, config=config)
+
+
+@pytest.mark.slow
+def test_a_text_to_image_model_is_fine_tuned_and_measured(folder: str, fit, tmp_path: Path) -> None:
+    run = tuned(folder, fit, tmp_path)
+    assert {"frechet/pixels/heldout", "memorization/ratio"} <= {r.name for r in read_records(run / "results.jsonl")}
+    target, base = load_target(run), load_target(folder)
+    assert (target.weights, target.shape, target.codec.digest) == ("ema", (4, 8, 8), base.codec.digest)
+    assert target.digest not in (base.digest, load_target(run, "raw").digest)
+    given = {"seed": 0, "num_steps": 3, "block": 4, "condition": target.conditioner(["a cat"])}
+    assert (sample_x0(target, [0], **given) - sample_x0(base, [0], **given)).abs().max() > 1e-3
+
+
+def checkpoint(folder: str | Path, file: Path) -> Path:
+    """Of a network that training has moved."""
+    module = DenoiserModule.from_diffusers(folder)
+    for value in module.unet.parameters():
+        value.data.mul_(1.1)
+    meta = {"module": "DenoiserModule", "seed": 0, "step": 1, "members_digest": "", "num_members": 0}
+    torch.save({META: meta | module.checkpoint_meta(), "state_dict": module.state_dict()}, file)
+    return file
+
+
+def test_a_fine_tuned_model_is_read_with_its_base_and_exported(folder: str, tmp_path: Path) -> None:
+    file = checkpoint(folder, tmp_path / "own.ckpt")
+    target = load_target(file)
+    given = {"seed": 0, "num_steps": 3, "block": 4, "condition": target.conditioner(["a cat"])}
+    drawn = sample_x0(target, [0], **given)
+    assert (drawn - sample_x0(load_target(folder), [0], **given)).abs().max() > 1e-3
+    exported = DenoiserModule.from_checkpoint(file).to_diffusers("exported")
+    assert torch.equal(sample_x0(DenoiserModule.from_diffusers(exported), [0], **given), drawn)
+    pipeline = StableDiffusionPipeline.from_pretrained(exported)
+    pipeline.set_progress_bar_config(disable=True)
+    theirs = pipeline(
+        "a cat", generator=[generator(0, "sample", 0)], num_inference_steps=3, guidance_scale=1.0, output_type="latent"
+    ).images
+    torch.testing.assert_close(drawn, theirs, rtol=0, atol=1e-5)
+
+
+def test_the_loss_is_that_of_latents_under_the_empty_prompt(folder: str) -> None:
+    module, base = DenoiserModule.from_diffusers(folder), load_target(folder)
+    x = torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    eps, t = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(2)), torch.tensor([0, 300, 999])
+    batch = {"image": x, "index": torch.arange(3), "mirrored": torch.zeros(3, dtype=torch.bool)}
+    found = module._loss(module.clean(batch), eps, t, None)
+    alpha_bar = base.process.alpha_bar[t].reshape(3, 1, 1, 1)
+    x_t = (alpha_bar.sqrt() * base.codec.encode(x) + (1 - alpha_bar).sqrt() * eps).float()
+    states = base.conditioner(["", "", ""])["encoder_hidden_states"]
+    with torch.no_grad():
+        output = base.denoiser.module(x_t, t, states).sample
+    torch.testing.assert_close(found, (output - eps).square().mean((1, 2, 3)), rtol=1e-4, atol=1e-5)
+    found.sum().backward()
+    assert all(parameter.grad is not None for parameter in module.unet.parameters())
+
+
+def test_a_base_that_has_changed_is_refused(folder: str, tmp_path: Path) -> None:
+    own = Path(shutil.copytree(folder, tmp_path / "own"))
+    checkpoint(own, tmp_path / "own.ckpt")
+    assert load_target(tmp_path / "own.ckpt").digest != load_target(own).digest
+    config = json.loads((own / "vae" / "config.json").read_text())
+    (own / "vae" / "config.json").write_text(json.dumps({**config, "scaling_factor": 1.0}))
+    with pytest.raises(ValueError, match="put the model it started from back in its place"):
+        load_target(tmp_path / "own.ckpt")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"channels": 1}, "has channels 3, but the data give 1"), ({"image_size": 8}, "has image_size 16, but the data")],
+)
+def test_sizes_are_those_of_the_images_not_of_the_latents(folder: str, change: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        DenoiserModule.from_diffusers(folder, **change)
+
+
+def test_a_class_conditional_pipeline_draws_its_classes(tmp_path: Path) -> None:
+    process = DiffusionProcess("linear")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        unet = build_unet(UNetConfig((8,), norm_num_groups=4, mid_attention=False), 8, 1, num_classes=3).eval()
+    DDIMPipeline(unet, process.scheduler("ddim", 4)).save_pretrained(str(tmp_path / "classes"))
+    module = DenoiserModule.from_diffusers(tmp_path / "classes")
+    assert module.num_classes == 3
+    labels = torch.tensor([0, 2, 1, 2])
+    x = torch.stack([torch.randn(1, 8, 8, generator=generator(0, "sample", i)) for i in range(4)])
+    scheduler = DDIMScheduler.from_config(process.config)
+    scheduler.set_timesteps(4)
+    with torch.no_grad():
+        for t in scheduler.timesteps:
+            x = scheduler.step(unet(x, t, class_labels=labels).sample, t, x).prev_sample
+    drawn = sample_x0(module, range(4), seed=0, num_steps=4, condition=labels, block=4)
+    assert torch.equal(drawn, x)
+    assert torch.equal(sample_x0(load_target(tmp_path / "classes"), range(4), seed=0, num_steps=4, condition=labels,
+                                 block=4), x)  # fmt: skip
+    with pytest.raises(ValueError, match="cfg_weight 2.0 is for text-to-image models, and .*classes is none"):
+        load_target(tmp_path / "classes", cfg_weight=2.0)
