@@ -12,7 +12,7 @@ from lightning_mem.data.datamodule import BLOCK
 from lightning_mem.diffusion import Sampler, ScoreTerm, Target
 from lightning_mem.diffusion.additions import Judge
 from lightning_mem.evaluation import Accepted, Reference, Workers
-from lightning_mem.evaluation.rejection import rejection_into
+from lightning_mem.evaluation.rejection import rejection_into, rejection_settings
 from lightning_mem.evaluation.table import records_table
 from lightning_mem.records import Record
 from lightning_mem.types import SampleSet
@@ -121,6 +121,7 @@ class Scene:
         Raises:
             RuntimeError: If the training images were read already.
         """
+        rejection_settings(guidance, judge, max_tries)  # refuses before anything is drawn
         options: dict[str, Any] = {"num_steps": num_steps, "sampler": sampler, "eta": eta}
         first = self.draw(f"{name}_first", num_samples, seed=seed, guidance=guidance, **options)
         return rejection_into(

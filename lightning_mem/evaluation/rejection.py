@@ -46,14 +46,14 @@ class Accepted:
         return self.tries.double().mean().item()
 
     def save(self, file: str | Path) -> None:
-        """Write the samples (``.npz``), and ``<stem>_tries.csv`` beside them."""
+        """Write the samples (``.npz``), then ``<stem>_tries.csv`` beside them, which says that all is there."""
         file = Path(file)
+        self.samples.save(file)
         with atomic_write(tries_file(file)) as opened:
             writer = csv.writer(opened, lineterminator="\n")
             writer.writerow(["address", "accepted", "tries"])
             columns = (self.samples.addresses, self.accepted.int(), self.tries)
             writer.writerows(zip(*(column.tolist() for column in columns), strict=True))
-        self.samples.save(file)
 
     @classmethod
     def load(cls, file: str | Path) -> "Accepted":
@@ -106,7 +106,8 @@ def rejection_sample(
     eta: float = 0.0,
     guidance: Sequence[ScoreTerm] = (),
     workers: Workers | None = None,
-    first: SampleSet | None = None,
+    begun: SampleSet | Accepted | None = None,
+    keep: Callable[[Accepted], None] | None = None,
 ) -> Accepted:
     """Samples of these addresses, each drawn again from fresh noise until the judge accepts it.
 
@@ -125,16 +126,19 @@ def rejection_sample(
         guidance: Score terms with ``settings``.
         workers: How blocks are dealt out, and the device to which all networks are moved; null for this process and
             the target's device.
-        first: The first try, where it was drawn already under the same options.
+        begun: Under the same options: the first try, where it was drawn already, or what was kept of more tries.
+        keep: Called with what there is after each try but the first; not before all is judged.
 
     Raises:
-        ValueError: If max_tries is below 1, there are no addresses, or ``first`` holds others.
+        ValueError: If max_tries is below 1, there are no addresses, or ``begun`` holds others.
     """
-    own_settings = rejection_settings(guidance, judge, max_tries)
     workers = workers or Workers(device=torch.device(target.device))
     own = torch.as_tensor(addresses).cpu().flatten().to(torch.int64)
     if len(own) == 0:
         raise ValueError("addresses must name at least one sample, got none")
+    settings = {"sampler": sampler, "num_steps": num_steps, "eta": eta, "block": BLOCK, "sample_seed": seed}
+    settings |= rejection_settings(guidance, judge, max_tries)
+    first = begun.samples if isinstance(begun, Accepted) else begun
     if first is not None and not torch.equal(first.addresses, own):
         raise ValueError(f"the first try holds {len(first)} samples of other addresses than the {len(own)} asked for")
     for part in (target.denoiser, judge, *guidance):
@@ -142,10 +146,20 @@ def rejection_sample(
             network.to(workers.device)
     target.device = workers.device
     labels = None if target.num_classes is None else draw_labels(target.num_classes, own, seed)
-    images = torch.empty(0, *target.shape, dtype=torch.uint8)
+    images = torch.empty(0, dtype=torch.uint8) if first is None else first.images.clone()
     rates = gate_rates(guidance, own)
+    if rates is not None and first is not None and first.gate_rate is not None:
+        rates = first.gate_rate.clone()
     accepted, tries = torch.zeros(len(own), dtype=torch.bool), torch.zeros(len(own), dtype=torch.int64)
-    for attempt in range(max_tries):
+    if isinstance(begun, Accepted):
+        accepted, tries = begun.accepted.clone(), begun.tries.clone()
+
+    def so_far() -> Accepted:
+        seen = None if rates is None else rates.clone()
+        samples = SampleSet(images.clone(), own, labels, target.weights, settings, seen)
+        return Accepted(samples, accepted.clone(), tries.clone())
+
+    for attempt in range(int(tries.max()), max_tries):
         rows = (~accepted).nonzero().flatten()
         if len(rows) == 0:
             break
@@ -169,27 +183,33 @@ def rejection_sample(
             found = gate_rates(guidance, own[rows[places]])
             return (torch.zeros(len(places)) if found is None else found).to(workers.device)
 
-        if attempt == 0 and first is not None:
-            drawn, seen = first.images, first.gate_rate
-        else:
+        if attempt > 0 or first is None:
             drawn = workers.in_blocks(len(rows), draw, label=f"try {attempt + 1}").cpu()
-            seen = None if rates is None else workers.in_blocks(len(rows), watched).cpu()
-        if attempt == 0:
-            images = torch.empty_like(drawn)
-        images[rows] = drawn
-        tries[rows] += 1
-        if rates is not None and seen is not None:
-            rates[rows] = seen
+            if attempt == 0:
+                images = torch.empty_like(drawn)
+            images[rows] = drawn
+            if rates is not None:
+                rates[rows] = workers.in_blocks(len(rows), watched).cpu()
 
-        def verdict(places: Tensor, drawn: Tensor = drawn) -> Tensor:
-            return judge(drawn[places]).byte().to(workers.device)
+        def verdict(places: Tensor, new: Tensor = images[rows]) -> Tensor:
+            return judge(new[places]).byte().to(workers.device)
 
         accepted[rows] = workers.in_blocks(len(rows), verdict).cpu().bool()  # dealt out: all hear one verdict
-    settings = {
-        "sampler": sampler, "num_steps": num_steps, "eta": eta, "block": BLOCK, "sample_seed": seed,
-        **own_settings,
-    }  # fmt: skip
-    return Accepted(SampleSet(images, own, labels, target.weights, settings, rates), accepted, tries)
+        tries[rows] += 1
+        if keep is not None and attempt > 0:
+            keep(so_far())
+    return so_far()
+
+
+def _kept(part: Path) -> Accepted | None:
+    """What earlier tries left; null where there is nothing, or a stop came while it was written.
+
+    Images that are one try ahead of their table do no harm: that try is drawn again, and is the same.
+    """
+    try:
+        return Accepted.load(part)
+    except (OSError, ValueError):
+        return None
 
 
 def rejection_into(
@@ -207,6 +227,8 @@ def rejection_into(
 ) -> Accepted:
     """:func:`rejection_sample` after a first try, kept in a file; read from there where it is there.
 
+    What there is after each further try is kept in ``<stem>_part.npz``, and a call that was stopped goes on from there.
+
     Args:
         file: ``.npz``; which samples were accepted after how many draws is in ``<stem>_tries.csv`` beside it.
         first: The first try, with all the settings of its draw.
@@ -222,7 +244,8 @@ def rejection_into(
     Raises:
         ValueError: If the file holds another draw.
     """
-    there = file.is_file()
+    part = file.with_name(f"{file.stem}_part.npz")
+    there, begun = tries_file(file).is_file(), _kept(part)
     on_the_first(lambda: None)  # all have looked before the first one writes
     settings = {**first.settings, **rejection_settings(guidance, judge, max_tries)}
     if there:
@@ -233,10 +256,23 @@ def rejection_into(
                 f"({len(first)}, {settings}): remove it or choose another --out"
             )
         return found
-    drawn = rejection_sample(
-        target, first.addresses, judge, seed=seed, max_tries=max_tries, guidance=guidance, workers=workers,
-        first=first, **options,
+    if begun is not None and begun.samples.settings != settings:
+        begun = None  # of another draw
+
+    def whole(drawn: Accepted) -> Accepted:
+        return replace(drawn, samples=replace(drawn.samples, settings=settings))
+
+    found = whole(
+        rejection_sample(
+            target, first.addresses, judge, seed=seed, max_tries=max_tries, guidance=guidance, workers=workers,
+            begun=begun or first, keep=lambda drawn: on_the_first(lambda: whole(drawn).save(part)), **options,
+        )
     )  # fmt: skip
-    found = replace(drawn, samples=replace(drawn.samples, settings=settings))
-    on_the_first(lambda: found.save(file))
+
+    def finish() -> None:
+        found.save(file)
+        for path in (part, part.with_suffix(".json"), tries_file(part)):
+            path.unlink(missing_ok=True)
+
+    on_the_first(finish)
     return found

@@ -60,6 +60,29 @@ def test_accepted_samples_are_those_of_rejection_sampling_and_are_kept(monkeypat
             own.draw_accepted("dark", count, other, **OPTIONS)
 
 
+def test_a_draw_that_was_stopped_goes_on_with_the_try_it_was_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    own, _ = scene()
+    judge, original, seeds = Dark(124.0), rejection.sample, []
+    whole = own.draw_accepted("whole", 8, judge, **OPTIONS)
+    assert whole.tries.max() > 3
+
+    def stop(*args: Any, **options: Any) -> Tensor:
+        seeds.append(options["seed"])
+        if len(seeds) == 3:
+            raise RuntimeError("power cut")
+        return original(*args, **options)
+
+    monkeypatch.setattr(rejection, "sample", stop)
+    with pytest.raises(RuntimeError, match="power cut"):
+        own.draw_accepted("stopped", 8, judge, **OPTIONS)
+    found = own.draw_accepted("stopped", 8, judge, **OPTIONS)
+    assert len(seeds) == whole.tries.max()  # the first try is drawn elsewhere, the fourth was begun twice
+    assert seeds[2] == seeds[3]
+    assert found.samples.digest == whole.samples.digest
+    assert torch.equal(found.tries, whole.tries)
+    assert not list(Path("results/samples").glob("*_part*"))
+
+
 def test_nothing_is_accepted_once_the_training_images_were_read() -> None:
     own, _ = scene()
     own.reference()

@@ -172,7 +172,7 @@ def table(folder: str) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def draw(folder: str, guidance: AbstractAddition, count: int = 70, **options: Any) -> SampleSet:
+def draw(folder: str, guidance: AbstractAddition, count: int = 20, **options: Any) -> SampleSet:
     found = trainer_of(folder).sample(MODEL, num_samples=count, num_steps=3, guidance=guidance, **options)
     assert found is not None
     return found
@@ -187,11 +187,11 @@ def test_every_protected_sample_has_a_certificate(protected: Any) -> None:
     found = draw(own, given)
     rows = table(own)
     assert list(rows[0]) == ["address", "gate_rate", "final_confidence", "nearest", "accepted", "tries"]
-    assert [int(row["address"]) for row in rows] == list(range(70))
+    assert [int(row["address"]) for row in rows] == list(range(20))
     term = given.terms(load_target(own), own, found.addresses)[0]
-    again = diffusion_sample(load_target(own), range(70), seed=0, num_steps=3, guidance=[term])
+    again = diffusion_sample(load_target(own), range(20), seed=0, num_steps=3, guidance=[term])
     assert torch.equal(again, found.images)
-    rates = term.certificates(range(70)).gate_rate.tolist()  # type: ignore[attr-defined]
+    rates = term.certificates(range(20)).gate_rate.tolist()  # type: ignore[attr-defined]
     assert len(set(rates)) > 1
     assert [float(row["gate_rate"]) for row in rows] == pytest.approx(rates, rel=1e-8)
     members = images.members.images
@@ -240,12 +240,12 @@ def test_a_stopped_protected_draw_continues_with_the_certificates_of_one_that_wa
 def test_rejected_samples_are_drawn_again_by_the_verb(protected: Any) -> None:
     own, bits, images = protected
     say_data(own, images)
-    plain = trainer_of(own).sample(MODEL, num_samples=70, num_steps=3)
+    plain = trainer_of(own).sample(MODEL, num_samples=20, num_steps=3)
     assert plain is not None
     assert not list(Path(own, "samples").glob("*_certificates.csv"))
     found = draw(own, NearestRejection(threshold=0.9), max_tries=3)
     kept = ~memorized(nearest_neighbors(plain.images, images.members.images, 2)[0], 0.9)
-    assert 0 < kept.sum() < 70
+    assert 0 < kept.sum() < 20
     assert torch.equal(found.images[kept], plain.images[kept])
     rows = table(own)
     assert torch.equal(torch.tensor([row["tries"] == "1" for row in rows]), kept)

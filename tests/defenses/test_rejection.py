@@ -104,13 +104,13 @@ def test_a_first_try_that_was_drawn_already_is_not_drawn_again() -> None:
     judge, settings = NoCopy(members), {"sample_seed": 3, "num_steps": 5, "sampler": "ddim", "eta": 0.0, "block": 64}
     first = draw_block(target, torch.arange(20), settings)
     whole = rejection_sample(target, range(20), judge, seed=3, num_steps=5)
-    found = rejection_sample(target, range(20), judge, seed=3, num_steps=5, first=first)
+    found = rejection_sample(target, range(20), judge, seed=3, num_steps=5, begun=first)
     assert torch.equal(found.samples.images, whole.samples.images)
     assert torch.equal(found.tries, whole.tries)
     assert not torch.equal(first.images, found.samples.images)  # it is left as it was
     assert torch.equal(first.images, draw_block(target, torch.arange(20), settings).images)
     with pytest.raises(ValueError, match="the first try holds 20 samples of other addresses than the 19 asked for"):
-        rejection_sample(target, range(19), judge, first=first)
+        rejection_sample(target, range(19), judge, begun=first)
 
 
 def test_under_a_protection_the_gate_rate_is_that_of_the_try_that_left() -> None:
@@ -140,6 +140,12 @@ def test_what_is_kept_in_files_is_what_was_drawn() -> None:
     assert again.samples.settings == found.samples.settings
     assert torch.equal(again.accepted, found.accepted)
     assert torch.equal(again.tries, found.tries)
+    kept: list[Accepted] = []
+    whole = rejection_sample(target, [4, 2, 7], Never(), num_steps=2, max_tries=5, keep=kept.append)
+    assert kept[0].tries.tolist() == [2, 2, 2] == again.tries.tolist()
+    more = rejection_sample(target, [4, 2, 7], Never(), num_steps=2, max_tries=5, begun=again)
+    assert more.samples.digest == whole.samples.digest != found.samples.digest
+    assert more.tries.tolist() == [5, 5, 5]
     rejection_sample(target, [4, 2], Never(), num_steps=2, max_tries=2).samples.save("kept.npz")
     with pytest.raises(ValueError, match=r"kept_tries.csv tells other addresses than kept.npz holds: remove both"):
         Accepted.load("kept.npz")
