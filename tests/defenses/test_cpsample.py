@@ -204,6 +204,25 @@ def test_it_lowers_copies_and_certainty_and_the_wrong_sign_raises_both(form: str
     assert final_confidence(classifier, members).min() > 0.99
 
 
+@pytest.mark.parametrize("form", ["attract", "repel"])
+def test_a_small_step_lowers_the_log_odds_of_the_training_label_and_the_wrong_sign_raises_them(form: str) -> None:
+    members, target, classifier = planted()
+    t = torch.full((len(members),), 80)
+    noise = torch.randn(members.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x_t = target.process.add_noise(members.double() / 127.5 - 1, noise, t)
+
+    def log_odds(x: Tensor) -> Tensor:
+        logits = classifier(x, t)
+        return (logits[:, 1] - logits[:, 0]) * (2 * classifier.bits - 1)
+
+    term = CPSample(classifier, 0.5, 1.0, form)(x_t, t, torch.arange(len(members)))  # type: ignore[arg-type]
+    assert term is not None
+    step = 1e-3 * term / term.flatten(1).norm(dim=1).reshape(-1, 1, 1, 1)
+    assert (log_odds(x_t) > 0).all()  # it knows their labels
+    assert (log_odds(x_t + step) < log_odds(x_t)).all()
+    assert (log_odds(x_t - step) > log_odds(x_t)).all()
+
+
 @pytest.mark.parametrize("options", VARIANTS, ids=lambda options: "-".join(map(str, options.values())))
 def test_scale_zero_changes_no_bit_and_protection_works_with_every_sampler(options: dict) -> None:
     _, target, classifier = planted()
@@ -216,7 +235,8 @@ def test_scale_zero_changes_no_bit_and_protection_works_with_every_sampler(optio
     assert ratio([CPSample(classifier, 0.5, 3.0)], **options) <= ratio([], **options) / 4
 
 
-def test_beside_guidance_both_terms_are_added() -> None:
+@pytest.mark.parametrize("options", VARIANTS, ids=lambda options: "-".join(map(str, options.values())))
+def test_beside_guidance_both_terms_are_added(options: dict) -> None:
     _, target, classifier = planted()
     guidance = ClassifierGuidance(classifier, torch.arange(16) % 2, 2.0)
     protection = CPSample(classifier, 0.5, 1.5)
@@ -225,7 +245,7 @@ def test_beside_guidance_both_terms_are_added() -> None:
         terms = [term(x_t, t, addresses) for term in (guidance, protection)]
         return torch.stack([term for term in terms if term is not None]).sum(0)
 
-    options = {"seed": 0, "num_steps": 5, "block": 16}
+    options = {"seed": 0, "num_steps": 5, "block": 16, **options}
     found = sample_x0(target, range(16), guidance=[guidance, protection], **options)  # type: ignore[arg-type]
     torch.testing.assert_close(found, sample_x0(target, range(16), guidance=[both], **options), rtol=0, atol=1e-3)  # type: ignore[arg-type]
     alone = sample_x0(target, range(16), guidance=[guidance], **options)  # type: ignore[arg-type]

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from lightning_mem.defenses import CPSample, protected_pipeline
 from lightning_mem.diffusion import DiffusionProcess, Target, sample_x0
-from lightning_mem.networks import UNetConfig, UNetDenoiser, build_unet
+from lightning_mem.networks import TextDenoiser, UNetConfig, UNetDenoiser, build_unet
+from lightning_mem.networks.text import STATES
 from lightning_mem.randomness import generator
 
 
@@ -123,6 +124,26 @@ def test_latents_are_protected_once_after_classifier_free_guidance(prediction: s
     torch.testing.assert_close(found, x, rtol=0, atol=1e-5 * float(x.abs().max()))
     assert (found - plain).abs().max() > 0.1
     assert torch.equal(latents(), plain)
+
+
+def test_our_own_sampler_protects_once_after_classifier_free_guidance_too() -> None:
+    schedule = DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False, steps_offset=1).config
+    process = DiffusionProcess.from_config({"_class_name": "DDIMScheduler", **schedule})
+    pipeline = stable_diffusion(process.scheduler("ddim", 3))
+    prompt, empty = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(0)), torch.zeros(1, 3, 8)
+    target = Target(TextDenoiser(pipeline.unet, "eps", {STATES: empty}, 4.0), process, (4, 8, 8))
+    draw: dict[str, Any] = {"seed": 0, "num_steps": 3, "block": 2, "condition": {STATES: prompt}}
+    classifier = BitNetwork((4, 8, 8), process)
+    found = sample_x0(target, range(2), guidance=[CPSample(classifier, 0.5, 2.0)], **draw)
+    assert {rows for rows, _ in classifier.seen} == {2}
+    start = torch.stack([torch.randn(4, 8, 8, generator=generator(0, "sample", i)) for i in range(2)])
+    with protected_pipeline(pipeline, [CPSample(classifier, 0.5, 2.0)]):
+        expected = pipeline(
+            prompt_embeds=prompt, negative_prompt_embeds=empty.expand(2, -1, -1), latents=start, output_type="latent",
+            guidance_scale=4.0, num_inference_steps=3, eta=0.0,
+        ).images  # fmt: skip
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+    assert (found - sample_x0(target, range(2), **draw)).abs().max() > 0.1
 
 
 def test_other_schedulers_work_where_they_visit_training_timesteps() -> None:
