@@ -2,6 +2,7 @@
 
 from lightning_mem.attacks.base import AbstractAttack, Scene
 from lightning_mem.attacks.clusters import Clusters, cluster, cohesion, isolation, keep_clusters
+from lightning_mem.attacks.extraction import Extraction
 from lightning_mem.attacks.guided import SurrogateGuidance
 from lightning_mem.attacks.loss import LossAttack
 from lightning_mem.attacks.loss_scores import calibrated_verdict, loss_z, reconstruction_losses

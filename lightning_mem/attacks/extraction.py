@@ -1,0 +1,159 @@
+"""Generate and filter: draw much, keep what lies too near one training image, and say how often that errs."""
+
+import os
+import time
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from lightning_mem.attacks.base import AbstractAttack, Scene
+from lightning_mem.attacks.extraction_report import draw_triplets, write_extracted
+from lightning_mem.attacks.extraction_scores import Extracted, Nearness, Rule, eidetic_numbers, numbers_under
+from lightning_mem.diffusion import Sampler, Target
+from lightning_mem.evaluation import Banks, Number
+from lightning_mem.records import Record, digest
+from lightning_mem.types import SampleSet
+
+PREFIX = "attack/extraction/"
+
+
+class Extraction(AbstractAttack):
+    r"""Extracts training images from many unguided samples: those that lie much nearer to one than to its surroundings.
+
+    .. math:: \ell(\hat x) = \frac{d_1}{\alpha\,\frac{1}{n}\sum_{j=1}^{n} d_j} < \text{cut}
+
+    over the n nearest training images of the generation. Records, each under ``definition.rule`` and
+    ``definition.cut``: ``attack/extraction/generations`` (share of them), ``.../images`` (how many different training
+    images), ``.../generations_equal`` beside its held-out control on banks of one size, ``.../precision`` (1 - control
+    / found), ``.../images_by_repeats`` (share of the images that stand ``definition.repeats`` times among the training
+    images; only where some are repeated), and ``.../eidetic_images`` ((k, l2, delta)-eidetic: at most k training images
+    lie within delta of it, itself included). ``tables/extracted.csv`` has a row for every extracted image.
+
+    The generations are drawn and searched in parts; no more than one part is ever in memory.
+
+    Args:
+        num_samples: How many are drawn.
+        cuts: Of the normalized L2, positive: where the literature cuts is not settled.
+        neighbors: n; fewer where a bank is smaller.
+        alpha: Positive.
+        delta: RMS-L2 on [0, 1] of the eidetic counts and of the plain rule, in (0, 1).
+        eidetic_k: Values of k, at least 1.
+        part: Samples of a part: a file of its own, and what is in memory at a time.
+        num_steps: Sampler steps.
+        sampler: ``ddim``, ``ddpm``, ``dpm++``, ``heun`` or ``euler``.
+        eta: DDIM's share of fresh noise, 0 to 1.
+        sample_seed: Of noise and labels; null takes ``seed_everything``.
+        pictures: How many extracted images are shown beside their nearest and second nearest; 0 for none.
+
+    Raises:
+        ValueError: If a number is out of range, or there are not two different training images.
+
+    Undefined when:
+        Banks of different sizes are compared: the normalized L2 depends on the size. Near-duplicates among the
+        training images hide copies of them from it, but not from the plain rule.
+
+    Source:
+        Carlini et al., Extracting Training Data from Diffusion Models, arXiv:2301.13188, section 5.1 (adaptive
+        distance) and 4.1 (eidetic memorization).
+    """
+
+    name = "extraction"
+    threat_model = (
+        "Extraction sees samples of the target and nothing else. Training images are read after the last sample, to "
+        "say which samples are copies; an attacker without them would rank samples by how often they come."
+    )
+
+    def __init__(
+        self,
+        num_samples: int = 4096,
+        cuts: list[float] | None = None,
+        neighbors: int = 50,
+        alpha: float = 0.5,
+        delta: float = 0.15,
+        eidetic_k: list[int] | None = None,
+        part: int = 4096,
+        num_steps: int = 50,
+        sampler: Sampler = "ddim",
+        eta: float = 0.0,
+        sample_seed: int | None = None,
+        pictures: int = 24,
+    ) -> None:
+        self.cuts = [1.0, 1.4] if cuts is None else list(cuts)
+        self.eidetic_k = [1, 10] if eidetic_k is None else list(eidetic_k)
+        for word, least, given in (
+            ("num_samples", 1, num_samples), ("neighbors", 2, neighbors), ("part", 1, part), ("pictures", 0, pictures),
+        ):  # fmt: skip
+            if given < least:
+                raise ValueError(f"{word} must be at least {least}, got {given}")
+        if not self.cuts or min(self.cuts) <= 0 or len(set(self.cuts)) < len(self.cuts):
+            raise ValueError(f"cuts must be different positive numbers, got {self.cuts}")
+        if any(k < 1 for k in self.eidetic_k):
+            raise ValueError(f"eidetic_k must be at least 1 (an image is within delta of itself), got {self.eidetic_k}")
+        if not 0 < delta < 1 or not alpha > 0:
+            raise ValueError(f"delta must lie in (0, 1) and alpha be positive, got {delta} and {alpha}")
+        self.num_samples, self.part, self.pictures = num_samples, part, pictures
+        self.neighbors, self.alpha, self.delta = neighbors, alpha, delta
+        seed = int(os.environ.get("PL_GLOBAL_SEED", "0")) if sample_seed is None else sample_seed
+        self.drawing: dict[str, Any] = {"seed": seed, "num_steps": num_steps, "sampler": sampler, "eta": eta}
+
+    def identity(self, target: Target, path: str, home: Path) -> str:
+        """Digest of target and settings; see :class:`AbstractAttack`."""
+        rules = (self.cuts, self.neighbors, self.alpha, self.delta, self.eidetic_k)
+        return digest(target.digest, self.drawing, self.num_samples, self.part, rules)
+
+    def run(self, scene: Scene) -> list[Record]:
+        """Draw every part, then search them one after the other; see :class:`AbstractAttack`."""
+        start = time.perf_counter()
+        settings: dict[str, Any] = {}
+        for first in range(0, self.num_samples, self.part):
+            count = min(self.part, self.num_samples - first)
+            settings = scene.draw(self._file(first), count, first=first, **self.drawing).settings
+        banks = Banks(scene.reference(), [], scene.workers)
+        if banks.distinct("members") < 2:
+            raise ValueError(f"extraction needs two different training images, got {banks.distinct('members')}")
+        near = Nearness.search(self._parts(scene.folder), banks, self.neighbors, self.alpha)
+        rules: list[tuple[Rule, float]] = [("normalized_l2", cut) for cut in self.cuts]
+        rules.append(("rms_l2", self.delta))
+        about = {
+            "num_samples": self.num_samples, **settings, "neighbors": min(self.neighbors, banks.distinct("members")),
+            "alpha": self.alpha,
+        }  # fmt: skip
+        numbers = [number for rule, cut in rules for number in numbers_under(near, banks, rule, cut, about)]
+        numbers += eidetic_numbers(near, banks, self.delta, self.eidetic_k, about)
+        scene.first(lambda: self._write(scene.folder, near, banks, rules))
+        seconds = time.perf_counter() - start
+        return [self._record(number, scene, seconds) for number in numbers]
+
+    @staticmethod
+    def _file(first: int) -> str:
+        return f"part{first:09d}"
+
+    def _load(self, folder: Path, first: int) -> SampleSet:
+        return SampleSet.load(folder / "samples" / f"{self._file(first)}.npz")
+
+    def _parts(self, folder: Path) -> Iterator[SampleSet]:
+        return (self._load(folder, first) for first in range(0, self.num_samples, self.part))
+
+    def _write(self, folder: Path, near: Nearness, banks: Banks, rules: list[tuple[Rule, float]]) -> None:
+        found = [Extracted.under(near, banks, rule, cut) for rule, cut in rules]
+        write_extracted(folder / "tables" / "extracted.csv", near, banks, found, self.delta)
+        load = lru_cache(1)(lambda first: self._load(folder, first))
+
+        def image_at(place: int) -> Tensor:
+            return load(place // self.part * self.part).images[place % self.part]
+
+        if self.pictures:
+            draw_triplets(folder / "images" / "extracted.png", near, banks, image_at, self.pictures)
+
+    def _record(self, number: Number, scene: Scene, seconds: float) -> Record:
+        reference = scene.reference()
+        heldout = number.definition.get("bank") == "heldout"
+        low, high = (None, None) if number.interval is None else map(float, number.interval)
+        return Record(
+            PREFIX + number.name, number.value, number.n, scene.step, low, high, scene.target.weights,
+            self.drawing["seed"], number.unit, round(seconds, 3), number.definition,
+            reference.heldout_digest if heldout else reference.members_digest, scene.config_digest, scene.home.name,
+        )  # fmt: skip
