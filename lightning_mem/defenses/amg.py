@@ -6,6 +6,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from lightning_mem.defenses.certificates import Watch, unpadded
 from lightning_mem.diffusion import Target
 from lightning_mem.diffusion.sampling import evaluation_mode
 from lightning_mem.randomness import generator
@@ -109,6 +110,7 @@ class AMG:
         self.scale, self.trigger, self.search, self.seed = float(scale), float(trigger), search, seed
         self.k = min(NEIGHBORS, len(bank))
         self.evaluations = self.network_evaluations = 0
+        self.watch = Watch()
         self._encoded: list[Tensor] | None = None
 
     @property
@@ -150,10 +152,16 @@ class AMG:
             slope = torch.autograd.grad(distance.sum(), x)[0].reshape(x_t.shape)
         distance = distance.detach()
         acts = distance < self.trigger
+        rows = unpadded(addresses.cpu())
+        self.watch.see(*(part.cpu()[rows] for part in (t, addresses, distance, acts)))
         if not acts.any():
             return None
         strength = self.scale * (self.threshold(t).to(distance) - distance) * acts * factor
         return strength.reshape(-1, *[1] * (x_t.ndim - 1)) * slope
+
+    def gate_rate(self, addresses: Tensor) -> Tensor:
+        """Share of the steps at which the adaptive distance was below the trigger, float64 [N]; 0 where none was."""
+        return self.watch.gate_rate(addresses)
 
     def nearest(self, x: Tensor, t: int) -> Tensor:
         """The k nearest rows of the bank of this timestep, the nearest first; [B, k, D] for x [B, C, H, W]."""

@@ -63,6 +63,13 @@ def final_confidence(classifier: Classifier, images: Tensor, codec: Codec | None
     return torch.cat(found) if found else torch.empty(0, dtype=torch.float64)
 
 
+def unpadded(addresses: Tensor) -> Tensor:
+    """Which rows of a call are samples of their own, bool [B]: a block is padded by repeating its last address."""
+    first = torch.ones(len(addresses), dtype=torch.bool)
+    first[1:] = addresses[1:] != addresses[:-1]
+    return first
+
+
 class Watch:
     """Remembers, for every address, the steps of its latest draw."""
 

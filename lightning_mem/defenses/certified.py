@@ -57,7 +57,7 @@ def certify(
     bank: Tensor | None
     try:
         bank = run_data(path).bank()[0]
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
         banks = [part.bank for part in protections if isinstance(part, NoCopy)]
         banks += [part.images for part in protections if isinstance(part, AMG)]
         bank = banks[0] if banks else None

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_mem.defenses.certificates import Certificates, Watch
+from lightning_mem.defenses.certificates import Certificates, Watch, unpadded
 from lightning_mem.defenses.confidence import Form, certainty_slope, check_tol, confidence
 from lightning_mem.diffusion import Codec, DiffusionProcess
 from lightning_mem.diffusion.guidance import Classifier, identity_of, process_of
@@ -125,8 +125,7 @@ class CPSample:
     def _count(self, t: Tensor, addresses: Tensor, q: Tensor, gated: Tensor) -> None:
         """Evaluations, and what each sample went through; rows that pad a block by repeating an address count once."""
         own, gated = addresses.cpu(), gated.cpu()
-        first = torch.ones(len(own), dtype=torch.bool)
-        first[1:] = own[1:] != own[:-1]
+        first = unpadded(own)
         self.evaluations += int(first.sum())
         self.gradients += int((first & gated).sum())
         self.watch.see(t[first], own[first], q.cpu()[first], gated[first])

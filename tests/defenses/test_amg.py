@@ -93,6 +93,9 @@ def test_above_the_trigger_no_bit_changes() -> None:
     assert found is not None
     assert found[0].abs().max() > 0
     assert found[1].abs().max() == 0
+    assert term(far[1:], t, torch.tensor([1])) is None
+    term(far[[1, 0, 0]], t.expand(3), torch.tensor([0, 5, 5]))  # the last row pads the block
+    assert term.gate_rate(torch.tensor([0, 1, 5, 9])).tolist() == [0.5, 0, 1, 0]
 
 
 def test_the_noise_is_that_of_the_timestep_alone() -> None:
