@@ -11,9 +11,15 @@ from torch import Tensor
 from lightning_mem.data.batches import Batch
 from lightning_mem.diffusion import DiffusionProcess, PixelCodec, Target
 from lightning_mem.modules.base import META, AbstractModule
+from lightning_mem.modules.latent_parts import LatentParts
 from lightning_mem.modules.latents import LatentCache
-from lightning_mem.modules.pretrained import checkpoint_file, load_pretrained, load_target, read_checkpoint
-from lightning_mem.modules.text_to_image import TextToImageParts, is_text_to_image, load_latent_unet, load_parts
+from lightning_mem.modules.pretrained import (
+    checkpoint_file,
+    latent_parts,
+    load_pretrained,
+    load_target,
+    read_checkpoint,
+)
 from lightning_mem.networks import UNetConfig, UNetDenoiser, build_unet
 from lightning_mem.randomness import generator
 from lightning_mem.types import Weights
@@ -56,7 +62,8 @@ class DenoiserModule(AbstractModule):
         network: The UNet; not used with ``pretrained``.
         process: Noise schedule and prediction; not used with ``pretrained``. null: cosine, 1000 timesteps, eps.
         pretrained: A diffusers folder or hub id to start from: network, schedule and prediction are taken from it. A
-            text-to-image model (Stable Diffusion) is trained on latents, every image under the empty prompt.
+            text-to-image model (Stable Diffusion) or class-conditional transformer (DiT) is trained on latents; of
+            the first every image under the empty prompt, of the second not its variance, which no sampler here uses.
         loss: Weighting of the squared error: ``plain`` or ``min_snr``.
         snr_gamma: Gamma of ``min_snr``.
         optimizer: Optimizer by class_path.
@@ -86,17 +93,19 @@ class DenoiserModule(AbstractModule):
         seed: int | None = None,
     ) -> None:
         super().__init__(optimizer, lr_scheduler, seed)
-        self._parts: TextToImageParts | None = None
+        self._parts: LatentParts | None = None
         self.unet: Any
         if snr_gamma <= 0:
             raise ValueError(f"snr_gamma must be positive, got {snr_gamma}")
         if pretrained is not None:
             if network is not None or process is not None:
                 raise ValueError("pretrained brings its own network and process: leave both out of the configuration")
-            if is_text_to_image(pretrained):
-                self._parts = load_parts(pretrained)
+            self._parts = latent_parts(pretrained)
+            if self._parts is None:
+                unet, self.process = load_pretrained(pretrained)
+            else:
                 self._latents = LatentCache(self._parts.codec)
-            unet, self.process = load_pretrained(pretrained) if self._parts is None else load_latent_unet(pretrained)
+                unet, self.process = self._parts.load_network(pretrained)
             self.unet = unet.train()
             self._check_pretrained(pretrained, image_size, channels, num_classes)
         else:
@@ -127,10 +136,8 @@ class DenoiserModule(AbstractModule):
     @classmethod
     def from_diffusers(cls, path: str | Path, **options: Any) -> "DenoiserModule":
         """A module around a diffusers pipeline (folder or hub id); ``options`` as in the constructor."""
-        if is_text_to_image(path):
-            sizes = sizes_of(load_latent_unet(path)[0], load_parts(path))
-        else:
-            sizes = sizes_of(load_pretrained(str(path))[0], None)
+        parts = latent_parts(path)
+        sizes = sizes_of((load_pretrained(str(path)) if parts is None else parts.load_network(path))[0], parts)
         return cls(**{**sizes, "pretrained": str(path), **options})
 
     @classmethod
@@ -154,7 +161,8 @@ class DenoiserModule(AbstractModule):
     def to_diffusers(self, folder: str | Path) -> Path:
         """Write a folder that :meth:`from_diffusers` loads, and diffusers' pipeline of its kind (safetensors)."""
         if self._parts is not None:
-            whole = DiffusionPipeline.from_pretrained(self.pretrained, unet=self.unet, use_safetensors=True)
+            own = {self._parts.component: self.unet}
+            whole = DiffusionPipeline.from_pretrained(self.pretrained, **own, use_safetensors=True)
             whole.save_pretrained(str(folder), safe_serialization=True)
             return Path(folder)
         scheduler = DDPMScheduler.from_config(self.process.config)
@@ -250,9 +258,10 @@ class DenoiserModule(AbstractModule):
         }
 
 
-def sizes_of(unet: Any, parts: TextToImageParts | None) -> dict[str, int | None]:
-    """Channels and side of the images that a UNet makes, and its number of classes."""
+def sizes_of(unet: Any, parts: LatentParts | None) -> dict[str, int | None]:
+    """Channels and side of the images that a network makes, and its number of classes."""
     config = unet.config
     shape = (config.in_channels, config.sample_size, config.sample_size)
     channels, size, _ = shape if parts is None else parts.codec.pixel_shape(shape)
-    return {"channels": channels, "image_size": size, "num_classes": config.get("num_class_embeds")}
+    classes = config.num_class_embeds if parts is None else parts.num_classes
+    return {"channels": channels, "image_size": size, "num_classes": classes}

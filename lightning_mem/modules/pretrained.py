@@ -4,12 +4,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, UNet2DConditionModel, UNet2DModel
+from diffusers import DiffusionPipeline, UNet2DModel
 from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_mem.diffusion import DiffusionProcess, Target
 from lightning_mem.modules.base import META
-from lightning_mem.modules.text_to_image import is_text_to_image, load_parts, load_text_to_image
+from lightning_mem.modules.class_to_image import is_class_to_image, load_class_parts
+from lightning_mem.modules.latent_parts import LatentParts
+from lightning_mem.modules.text_to_image import is_text_to_image, load_text_parts
 from lightning_mem.networks import UNetDenoiser
 from lightning_mem.records import digest
 from lightning_mem.types import Weights
@@ -52,25 +54,43 @@ def load_target(path: str | Path, weights: Weights = "ema", device: str = "cpu",
 
     Args:
         path: ``*.ckpt`` (read with weights_only=True), a run folder (its ``checkpoints/last.ckpt``), else diffusers. A
-            checkpoint of a text-to-image model names the model it started from, whose autoencoder and text encoder are
-            read from there, and compared by digest.
+            checkpoint of a latent model names the model it started from, whose autoencoder and text encoder are read
+            from there, and compared by digest.
         weights: ``ema`` takes the averaged weights where there are any, ``raw`` the optimizer's own.
         device: Where to put the network.
-        cfg_weight: Weight of classifier-free guidance of a text-to-image model; 1 for none.
+        cfg_weight: Weight of classifier-free guidance of a latent model; 1 for none.
 
     Raises:
-        ValueError: If the checkpoint is not one of a DenoiserModule, or cannot be read, or cfg_weight is not 1 and the
-            model knows no prompts.
+        ValueError: If the checkpoint is not one of a DenoiserModule, or cannot be read, a part of a latent model is
+            missing or of another class, or cfg_weight is not 1 and the model was not made for it.
     """
     file = checkpoint_file(path)
     if file is not None:
         return _of_checkpoint(file, weights, device, cfg_weight)
-    if is_text_to_image(path):
-        return load_text_to_image(path, device, cfg_weight)
+    parts = latent_parts(path, device)
+    if parts is not None:
+        network, process = parts.load_network(path)
+        network.requires_grad_(False)
+        return parts.target(network.to(device).eval(), process, "raw", device, cfg_weight)
     unet, process = load_pretrained(str(path))
     size = unet.config.sample_size
     shape = (unet.config.in_channels, size, size)
     return _of_pixels(path, unet.to(device).eval(), process, shape, unet.config.num_class_embeds, "raw", cfg_weight)
+
+
+def latent_parts(path: str | Path, device: str = "cpu") -> LatentParts | None:
+    """What the network of a latent diffusers model works with; null where it is none.
+
+    Args:
+        path: A diffusers folder or hub id: of a text-to-image UNet, or a class-conditional transformer.
+        device: Where to put autoencoder and text encoder.
+
+    Raises:
+        ValueError: If a part is missing or is of another class (named).
+    """
+    if is_text_to_image(path):
+        return load_text_parts(path, device)
+    return load_class_parts(path, device) if is_class_to_image(path) else None
 
 
 def checkpoint_file(path: str | Path) -> Path | None:
@@ -87,18 +107,20 @@ def _of_checkpoint(path: Path, weights: Weights, device: str, cfg_weight: float)
     if meta.get("module") != DENOISER:
         raise ValueError(f"{path} is a checkpoint of {meta.get('module', 'something else')}, not of {DENOISER}")
     based_on = meta.get("based_on")
-    unet = (UNet2DModel if based_on is None else UNet2DConditionModel).from_config(meta["network"])
+    parts = None if based_on is None else latent_parts(based_on, device)
+    if based_on is not None and parts is None:
+        raise ValueError(f"{path} was trained from {based_on}, where there is no latent model now: put it back there")
+    unet = (UNet2DModel if parts is None else parts.network_class).from_config(meta["network"])
     averaged = "current_model_state" in checkpoint
     state = checkpoint["current_model_state" if averaged and weights == "raw" else "state_dict"]
     unet.load_state_dict({name.removeprefix("unet."): value for name, value in state.items()})
     unet, process = unet.to(device).eval(), DiffusionProcess.from_config(meta["process"])
     kind: Weights = "ema" if averaged and weights == "ema" else "raw"
-    if based_on is None:
+    if parts is None:
         return _of_pixels(path, unet, process, tuple(meta["shape"]), meta["num_classes"], kind, cfg_weight)
-    parts = load_parts(based_on, device)
     if parts.digest != meta["parts_digest"]:
         raise ValueError(
-            f"{path} was trained with the autoencoder and text encoder {meta['parts_digest']} of {based_on}, but those "
+            f"{path} was trained with the autoencoder and conditioner {meta['parts_digest']} of {based_on}, but those "
             f"there are now {parts.digest}: put the model it started from back in its place"
         )
     return parts.target(unet, process, kind, device, cfg_weight)
@@ -114,7 +136,7 @@ def _of_pixels(
     cfg_weight: float,
 ) -> Target:
     if cfg_weight != 1:
-        raise ValueError(f"cfg_weight {cfg_weight} is for text-to-image models, and {path} is none: leave it at 1")
+        raise ValueError(f"cfg_weight {cfg_weight} is for latent models, and {path} is none: leave it at 1")
     return Target(
         denoiser=UNetDenoiser(unet, process.prediction),
         process=process,

@@ -89,7 +89,7 @@ def without_part(folder: str, place: Path, part: str, value: list[str | None]) -
 @pytest.mark.parametrize(
     ("part", "value", "message"),
     [
-        ("vae", [None, None], "has as vae nothing, but a text-to-image model needs AutoencoderKL"),
+        ("vae", [None, None], "has as vae nothing, but a latent model needs AutoencoderKL"),
         ("vae", ["diffusers", "VQModel"], "has as vae VQModel"),
         ("scheduler", ["diffusers", "FlowMatchEulerDiscreteScheduler"], "flow matching, which is not built yet"),
         ("text_encoder", ["transformers", "T5EncoderModel"], "legal are CLIPTokenizer and CLIPTextModel"),
@@ -286,5 +286,5 @@ def test_a_class_conditional_pipeline_draws_its_classes(tmp_path: Path) -> None:
     assert torch.equal(drawn, x)
     assert torch.equal(sample_x0(load_target(tmp_path / "classes"), range(4), seed=0, num_steps=4, condition=labels,
                                  block=4), x)  # fmt: skip
-    with pytest.raises(ValueError, match="cfg_weight 2.0 is for text-to-image models, and .*classes is none"):
+    with pytest.raises(ValueError, match="cfg_weight 2.0 is for latent models, and .*classes is none"):
         load_target(tmp_path / "classes", cfg_weight=2.0)
