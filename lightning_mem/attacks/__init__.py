@@ -1,6 +1,7 @@
 """Attacks: what can be got out of a target; one published method, one file."""
 
 from lightning_mem.attacks.base import AbstractAttack, Scene
+from lightning_mem.attacks.class_guidance import ClassGuidance
 from lightning_mem.attacks.cliques import Clique, largest_cliques, tiled_distances
 from lightning_mem.attacks.clusters import Clusters, cluster, cohesion, isolation, keep_clusters
 from lightning_mem.attacks.extraction import Extraction
@@ -8,6 +9,8 @@ from lightning_mem.attacks.guided import SurrogateGuidance
 from lightning_mem.attacks.loss import LossAttack
 from lightning_mem.attacks.loss_scores import calibrated_verdict, loss_z, reconstruction_losses
 from lightning_mem.attacks.prompted import PromptedExtraction
+from lightning_mem.attacks.protection_scores import copy_reduction, frechet_ratio
+from lightning_mem.attacks.protections import Protections
 from lightning_mem.attacks.pseudo_labels import PseudoLabels
 from lightning_mem.attacks.side import SIDE
 from lightning_mem.attacks.unique_law import expected_unique

@@ -6,7 +6,6 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from statistics import NormalDist
 from typing import Any
 
 import torch
@@ -14,16 +13,21 @@ from rich.table import Table
 from torch import Tensor
 
 from lightning_mem.attacks.base import AbstractAttack, Scene
-from lightning_mem.attacks.loss_scores import Verdict, calibrated_verdict, fixed_verdicts, reconstruction_losses
+from lightning_mem.attacks.loss_scores import (
+    RATES,
+    Verdict,
+    all_verdicts,
+    loss_images,
+    reconstruction_losses,
+    verdict_numbers,
+)
+from lightning_mem.attacks.report import short
 from lightning_mem.diffusion import ScoreTerm, Target, guidance_settings
 from lightning_mem.diffusion.additions import AbstractAddition
 from lightning_mem.evaluation.table import LOOK
 from lightning_mem.records import Record, atomic_write, digest
 
 PREFIX = "attack/loss/"
-RATES = (0.01, 0.001)
-"""False positive rates at which the true positive rate is told."""
-
 Losses = Mapping[str, Tensor]
 """Float64 [N, timesteps] by arm."""
 
@@ -110,14 +114,7 @@ class LossAttack(AbstractAttack):
         """Ask both arms for the losses of all images, then tell them apart; see :class:`AbstractAttack`."""
         start = time.perf_counter()
         reference = scene.reference()
-        members, heldout = reference.members[: len(reference.indices)], reference.heldout
-        if reference.mirror:  # the banks hold the mirror images behind the images
-            heldout = heldout[: len(heldout) // 2]
-        if min(len(members), len(heldout)) < 4:
-            raise ValueError(
-                f"the loss attack needs at least 4 members and 4 held-out images, got {len(members)} and "
-                f"{len(heldout)}: raise data.num_heldout"
-            )
+        members, heldout = loss_images(reference)
         terms = self._terms(scene.target, max(len(members), len(heldout)))
         arms: dict[str, Sequence[ScoreTerm]] = {"none": ()}
         settings: dict[str, dict[str, Any]] = {"none": {"protection": "none"}}
@@ -130,48 +127,24 @@ class LossAttack(AbstractAttack):
         other_losses = reconstruction_losses(scene.target, heldout, times, arms, name="heldout", **asked)
         records = []
         for arm in arms:
-            for verdict in self._verdicts(arm, own_losses[arm], other_losses[arm], times):
+            told = (own_losses[arm], other_losses[arm], times)
+            for verdict in all_verdicts(arm, *told, self.timesteps, self.candidates, self.seed):
                 records += self._records(verdict, settings[arm], scene, reference.members_digest)
         seconds = time.perf_counter() - start
         scene.first(lambda: self._write(scene.folder, {"members": own_losses, "heldout": other_losses}, times))
         return [replace(record, seconds=seconds) for record in records]
 
-    def _verdicts(self, arm: str, members: Tensor, heldout: Tensor, times: Sequence[int]) -> list[Verdict]:
-        fixed, free = ([times.index(t) for t in given] for given in (self.timesteps, self.candidates))
-        return [
-            *fixed_verdicts(arm, members[:, fixed], heldout[:, fixed], self.timesteps),
-            calibrated_verdict(arm, members[:, free], heldout[:, free], self.candidates, self.seed),
-        ]
-
     def _records(self, verdict: Verdict, settings: Mapping[str, Any], scene: Scene, data_digest: str) -> list[Record]:
-        curve = verdict.curve
-        definition = {
-            **settings, "setting": self.setting, "attacker": verdict.attacker, "t": verdict.t, "sign": verdict.sign,
-            "num_draws": self.num_draws, "num_members": curve.num_members, "num_heldout": curve.num_heldout,
-        }  # fmt: skip
+        definition = {**settings, "setting": self.setting, **verdict.definition, "num_draws": self.num_draws}
         if verdict.attacker == "calibrated":
             definition["candidates"] = " ".join(map(str, self.candidates))
-
-        def record(name: str, value: float, ends: tuple[float, float], interval: str, unit: str, n: int) -> Record:
-            return Record(
-                PREFIX + name, value, n, scene.step, *ends, scene.target.weights, self.seed, unit,
-                definition={**definition, "interval": interval}, data_digest=data_digest,
-                config_digest=scene.config_digest, run=scene.home.name,
-            )  # fmt: skip
-
-        n, half = curve.num_members + curve.num_heldout, NormalDist().inv_cdf(0.975)
-        z = verdict.z
         return [
-            record("z", z, (z - half, z + half), "normal", "standard errors", n),
-            record("auc", curve.auc, curve.auc_interval(), "delong", "fraction", n),
-            record("auc_folded", curve.auc_folded, curve.auc_folded_interval(), "delong, folded", "fraction", n),
-            *(
-                record(
-                    f"tpr_at_{rate}", curve.tpr_at(rate), curve.tpr_interval(rate), "order statistics and wilson",
-                    "fraction", curve.num_heldout,
-                )
-                for rate in RATES
-            ),
+            Record(
+                PREFIX + number.name, number.value, number.n, scene.step, *(number.interval or (None, None)),
+                scene.target.weights, self.seed, number.unit, definition={**definition, **number.definition},
+                data_digest=data_digest, config_digest=scene.config_digest, run=scene.home.name,
+            )
+            for number in verdict_numbers(verdict)
         ]  # fmt: skip
 
     @staticmethod
@@ -207,12 +180,6 @@ class LossAttack(AbstractAttack):
             about = own["z"].definition
             table.add_row(
                 protection, attacker, f"{t}{'-' if sign < 0 else ''}", f"{about['num_members']}+{about['num_heldout']}",
-                f"{own['z'].value:.1f}", _short(own["auc"]), *(f"{own[f'tpr_at_{rate}'].value:.2f}" for rate in RATES),
+                f"{own['z'].value:.1f}", short(own["auc"]), *(f"{own[f'tpr_at_{rate}'].value:.2f}" for rate in RATES),
             )  # fmt: skip
         return table
-
-
-def _short(record: Record) -> str:
-    """``0.63 [.56, .68]``."""
-    low, high = (f"{end:.2f}".removeprefix("0") for end in (record.low or 0.0, record.high or 0.0))
-    return f"{record.value:.2f} [{low}, {high}]"

@@ -3,16 +3,38 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_mem.diffusion import ScoreTerm, Target
 from lightning_mem.diffusion.sampling import evaluation_mode, network_of
-from lightning_mem.evaluation import Workers
+from lightning_mem.evaluation import Number, Reference, Workers
 from lightning_mem.metrics import Roc, roc
 from lightning_mem.randomness import generator
 from lightning_mem.types import to_float
+
+RATES = (0.01, 0.001)
+"""False positive rates at which the true positive rate is told."""
+
+
+def loss_images(reference: Reference) -> tuple[Tensor, Tensor]:
+    """The members and held-out images that are told apart, uint8; each image once where mirror images count too.
+
+    Raises:
+        ValueError: If there are fewer than 4 of either.
+    """
+    members, heldout = reference.members[: len(reference.indices)], reference.heldout
+    if reference.mirror:  # the banks hold the mirror images behind the images
+        heldout = heldout[: len(heldout) // 2]
+    if min(len(members), len(heldout)) < 4:
+        raise ValueError(
+            f"the loss attack needs at least 4 members and 4 held-out images, got {len(members)} and "
+            f"{len(heldout)}: raise data.num_heldout"
+        )
+    return members, heldout
 
 
 @torch.no_grad()
@@ -139,6 +161,14 @@ class Verdict:
     z: float
     curve: Roc
 
+    @property
+    def definition(self) -> dict[str, Any]:
+        """What its numbers mean, flat."""
+        return {
+            "attacker": self.attacker, "t": self.t, "sign": self.sign, "num_members": self.curve.num_members,
+            "num_heldout": self.curve.num_heldout,
+        }  # fmt: skip
+
 
 def fixed_verdicts(arm: str, members: Tensor, heldout: Tensor, timesteps: Sequence[int]) -> list[Verdict]:
     """The attacker who was told t, and takes a low loss for a member; losses [m, T] and [n, T]."""
@@ -170,3 +200,52 @@ def calibrated_verdict(arm: str, members: Tensor, heldout: Tensor, timesteps: Se
     sign = 1 if found[place] >= 0.5 else -1
     a, b = members[own_test, place], heldout[other_test, place]
     return Verdict(arm, "calibrated", timesteps[place], sign, loss_z(a, b), roc(-sign * a, -sign * b))
+
+
+def all_verdicts(
+    arm: str,
+    members: Tensor,
+    heldout: Tensor,
+    times: Sequence[int],
+    timesteps: Sequence[int],
+    candidates: Sequence[int],
+    seed: int,
+) -> list[Verdict]:
+    """The fixed attacker at every timestep, then the calibrated one.
+
+    Args:
+        arm: Its name.
+        members: Losses float64 [m >= 4, T].
+        heldout: Losses float64 [n >= 4, T].
+        times: The T timesteps.
+        timesteps: Of the fixed attacker, among them.
+        candidates: Of the calibrated one, among them.
+        seed: Of the split.
+    """
+    fixed, free = ([times.index(t) for t in given] for given in (timesteps, candidates))
+    return [
+        *fixed_verdicts(arm, members[:, fixed], heldout[:, fixed], timesteps),
+        calibrated_verdict(arm, members[:, free], heldout[:, free], candidates, seed),
+    ]
+
+
+def verdict_numbers(verdict: Verdict) -> list[Number]:
+    """``z``, ``auc``, ``auc_folded`` and ``tpr_at_<rate>`` of a verdict, with their intervals."""
+    curve, z, half = verdict.curve, verdict.z, NormalDist().inv_cdf(0.975)
+    n = curve.num_members + curve.num_heldout
+
+    def number(name: str, value: float, ends: tuple[float, float], how: str, n: int, unit: str = "fraction") -> Number:
+        return Number(name, value, n, {**verdict.definition, "interval": how}, ends, unit)
+
+    return [
+        number("z", z, (z - half, z + half), "normal", n, "standard errors"),
+        number("auc", curve.auc, curve.auc_interval(), "delong", n),
+        number("auc_folded", curve.auc_folded, curve.auc_folded_interval(), "delong, folded", n),
+        *(
+            number(
+                f"tpr_at_{rate}", curve.tpr_at(rate), curve.tpr_interval(rate), "order statistics and wilson",
+                curve.num_heldout,
+            )
+            for rate in RATES
+        ),
+    ]  # fmt: skip

@@ -1,6 +1,5 @@
 """What SIDE leaves beside its records: tables of samples and clusters, and pictures."""
 
-import csv
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from matplotlib.figure import Figure
 from rich.table import Table
 from torch import Tensor
 
+from lightning_mem.attacks.report import finish, sample_rows, short, write_rows
 from lightning_mem.attacks.side_scores import PREFIX, Score
 from lightning_mem.attacks.unique_law import expected_unique
 from lightning_mem.evaluation import Measure
@@ -21,7 +21,7 @@ from lightning_mem.evaluation.table import LOOK
 from lightning_mem.metrics import nearest_neighbors, normalized_l2
 from lightning_mem.metrics.scores import in_band
 from lightning_mem.metrics.similarities import score_blocks
-from lightning_mem.records import Record, atomic_write
+from lightning_mem.records import Record
 
 WORDS = {"none": "unguided", "time_independent": "without time", "selection_equal_cost": "  same cost"}
 """Arms that have other words on the screen."""
@@ -45,22 +45,12 @@ def arms_table(records: Sequence[Record]) -> Table:
         table.add_column(heading, justify="left" if heading == "arm" else "right", no_wrap=True)
     for arm in dict.fromkeys(str(record.definition["surrogate"]) for record in records):
         own = {r.name.removeprefix(PREFIX): r for r in records if r.definition["surrogate"] == arm}
-        numbers = [_short(own.get(name)) for name in ("hits", "hits_heldout", "unique_share", "ams_gain")]
+        numbers = [short(own.get(name)) for name in ("hits", "hits_heldout", "unique_share", "ams_gain")]
         numbers[1:3] = [number.partition(" ")[0] for number in numbers[1:3]]
         cost = own.get("hits_per_evaluation")
         per = "" if cost is None or cost.value is None else f"{1000 * cost.value:.1f}"
         table.add_row(WORDS.get(arm, arm), str(own["hits"].n), *numbers, per)
     return table
-
-
-def _short(record: Record | None) -> str:
-    """``0.63 [.56, .68]``."""
-    if record is None or record.value is None:
-        return ""
-    if record.low is None or record.high is None:
-        return f"{record.value:.2f}"
-    low, high = (f"{end:.2f}".removeprefix("0") for end in (record.low, record.high))
-    return f"{record.value:.2f} [{low}, {high}]"
 
 
 def write_report(
@@ -77,8 +67,8 @@ def write_report(
     """
     for score in scores:
         if score.measurement is not None:
-            _write(folder / "tables" / f"samples_{score.arm.name}.csv", _sample_rows(score, measure))
-    _write(folder / "tables" / "clusters.csv", _cluster_rows(scores, about))
+            write_rows(folder / "tables" / f"samples_{score.arm.name}.csv", _sample_rows(score, measure))
+    write_rows(folder / "tables" / "clusters.csv", _cluster_rows(scores, about))
     if not pictures:
         return
     draw_law(scores, folder / "images" / "unique.png")
@@ -88,29 +78,14 @@ def write_report(
             _draw_bands(score, measure, folder / "images")
 
 
-def _write(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    rows = list(rows)
-    if rows:
-        with atomic_write(path) as file:
-            writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
-
-
 def _sample_rows(score: Score, measure: Measure) -> Iterable[dict[str, Any]]:
     """One row a sample: its cluster, and the training image it is nearest to."""
     found, reference = score.measurement, measure.reference
     if found is None:
         return
-    for row, address in enumerate(score.arm.samples.addresses.tolist()):
-        first, second = found.distances[row, :2].tolist()
-        yield {
-            "address": address,
-            "target": "" if score.arm.targets is None else int(score.arm.targets[row]),
-            "hit": int(found.memorized[row]),
-            "index": int(reference.indices[reference.owners[found.nearest[row]]]),
-            "ratio": f"{first / second:.6f}",
-        }
+    for row, told in enumerate(sample_rows(score.arm.samples, found, reference)):
+        target = "" if score.arm.targets is None else int(score.arm.targets[row])
+        yield {"address": told.pop("address"), "target": target, **told}
 
 
 def _cluster_rows(scores: Sequence[Score], about: dict[str, Any]) -> Iterable[dict[str, Any]]:
@@ -151,7 +126,7 @@ def draw_law(scores: Sequence[Score], path: Path) -> None:
         )
     axes.set(xlabel="samples", ylabel="different training images hit")
     axes.set_title("seen, and (dotted) the law fitted on the samples up to the dot", fontsize=9)
-    _finish(figure, path)
+    finish(figure, path)
 
 
 def draw_arms(scores: Sequence[Score], path: Path) -> None:
@@ -174,16 +149,7 @@ def draw_arms(scores: Sequence[Score], path: Path) -> None:
         words = [score.arm.name.replace("_", "\n") for score in scores]
         axes.set_xticks(range(len(scores)), words, fontsize=7)
         axes.set_title(f"{title} (black bar: held-out control)", fontsize=9)
-    _finish(figure, path)
-
-
-def _finish(figure: Figure, path: Path) -> None:
-    for axes in figure.axes:
-        axes.spines[["top", "right"]].set_visible(False)
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(fontsize=7, frameon=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    finish(figure, path)
 
 
 def _closest(score: Score, measure: Measure, name: str) -> tuple[Tensor, bool]:

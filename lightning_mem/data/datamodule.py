@@ -13,7 +13,7 @@ from lightning_mem.data.batches import EvaluationBlocks, TrainBatches
 from lightning_mem.data.deduplicate import DuplicateGroup, Rule, check_rule, duplicate_groups, write_duplicates
 from lightning_mem.data.labels import LabelRule, assign_labels, classes_of
 from lightning_mem.data.sources import AbstractSource, DigitsSource
-from lightning_mem.data.split import ImageSet, draw_split, write_members
+from lightning_mem.data.split import ImageSet, draw_split, image_digest, read_images, write_members
 from lightning_mem.randomness import generator
 
 BLOCK = 64
@@ -230,6 +230,24 @@ class MemorizationDataModule(LightningDataModule):
         """The control's bank: held-out images, both orientations where training flips."""
         images = self.heldout.images
         return torch.cat([images, images.flip(-1)]) if self.flip else images
+
+    def fresh(self, count: int) -> ImageSet:
+        """Images of the source that are neither members, taken out of them, nor held out, in an addressed draw.
+
+        What equals a member or a held-out image pixel for pixel is passed over, so there may be fewer than ``count``.
+
+        Args:
+            count: At most so many.
+        """
+        known = [part for part in (self.members, self.heldout, self.removed) if part is not None]
+        taken = torch.cat([part.indices for part in known])
+        rest = torch.randperm(len(self.source), generator=generator(self.seed, "fresh"))
+        rest = rest[~torch.isin(rest, taken)][:count]
+        images = read_images(self.source, rest.numpy(), self.image_size, self.channels)
+        digests = tuple(image_digest(image) for image in images.numpy())
+        seen = {digest for part in known for digest in part.digests}
+        new = torch.tensor([row for row, digest in enumerate(digests) if digest not in seen], dtype=torch.int64)
+        return self._labelled(ImageSet(images, rest, digests).part(new), len(self.members))
 
     def draw(self, part: ImageSet, count: int, name: str) -> Tensor:
         """Rows of an addressed draw without replacement, ascending; all of them where ``count`` is not smaller."""

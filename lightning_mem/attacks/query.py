@@ -1,0 +1,71 @@
+"""What a membership attack asks: the noise that the served denoiser predicts, protected where it is."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lightning_mem.diffusion import ScoreTerm, Target
+from lightning_mem.diffusion.sampling import network_of
+
+
+class Query:
+    r"""The noise prediction of an unconditional denoiser, with the score terms of its protection.
+
+    .. math:: \hat\epsilon(x_t, t) = \epsilon_\theta(x_t, t) - \sqrt{1 - \bar\alpha_t}\,\sum_j s_j(x_t, t)
+
+    Args:
+        target: The model; one on prompts answers as to the empty prompt.
+        terms: Score terms; none for the plain denoiser.
+        device: Where it is asked.
+
+    Raises:
+        ValueError: If the target is conditioned on classes.
+    """
+
+    def __init__(
+        self, target: Target, terms: Sequence[ScoreTerm] = (), device: torch.device | str = "cpu"
+    ) -> None:
+        if target.num_classes is not None:
+            raise ValueError(
+                "a membership attack needs an unconditional target: it does not read the label of an image, got one "
+                f"of {target.num_classes} classes"
+            )
+        self.target, self.process, self.terms, self.device = target, target.process, terms, device
+        for call in (target.denoiser, *terms):
+            network = network_of(call)
+            if network is not None:
+                network.to(device)
+
+    def __call__(self, x_t: Tensor, at: int, rows: Tensor) -> Tensor:
+        """Predicted noise float32 [B, C, H, W].
+
+        Args:
+            x_t: [B, C, H, W] in the denoiser's space.
+            at: Training timestep.
+            rows: int64 [B], addresses of the rows, for the score terms.
+        """
+        t = torch.full((len(x_t),), at, dtype=torch.int64, device=x_t.device)
+        output, prediction = self.target.denoiser(x_t, t, None), self.target.denoiser.prediction
+        for term in self.terms:
+            score = term(x_t, t, rows)
+            if score is not None:
+                output = self.process.add_score(output, score.float(), x_t, t, prediction)
+        return self.process.to_eps(output.float(), x_t, t, prediction)
+
+    def ddim(self, x: Tensor, start: int, end: int, rows: Tensor) -> Tensor:
+        r"""One deterministic DDIM step between timesteps, in either direction; nothing is clipped.
+
+        .. math:: x_s = \sqrt{\bar\alpha_s}\,\frac{x_t - \sqrt{1 - \bar\alpha_t}\,\hat\epsilon}{\sqrt{\bar\alpha_t}}
+            + \sqrt{1 - \bar\alpha_s}\,\hat\epsilon, \qquad \hat\epsilon = \hat\epsilon(x_t, t)
+
+        Args:
+            x: x_t.
+            start: t.
+            end: s.
+            rows: See the call.
+        """
+        eps = self(x, start, rows)
+        here, there = (float(self.process.alpha_bar[t]) for t in (start, end))
+        x0 = (x - (1 - here) ** 0.5 * eps) / here**0.5
+        return there**0.5 * x0 + (1 - there) ** 0.5 * eps
