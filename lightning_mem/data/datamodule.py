@@ -234,7 +234,8 @@ class MemorizationDataModule(LightningDataModule):
     def fresh(self, count: int) -> ImageSet:
         """Images of the source that are neither members, taken out of them, nor held out, in an addressed draw.
 
-        What equals a member or a held-out image pixel for pixel is passed over, so there may be fewer than ``count``.
+        What equals a member or a held-out image pixel for pixel (in either orientation, with ``flip``) is passed over,
+        so there may be fewer than ``count``.
 
         Args:
             count: At most so many.
@@ -246,6 +247,8 @@ class MemorizationDataModule(LightningDataModule):
         images = read_images(self.source, rest.numpy(), self.image_size, self.channels)
         digests = tuple(image_digest(image) for image in images.numpy())
         seen = {digest for part in known for digest in part.digests}
+        if self.flip:
+            seen |= {image_digest(image) for part in known for image in part.images.flip(-1).numpy()}
         new = torch.tensor([row for row, digest in enumerate(digests) if digest not in seen], dtype=torch.int64)
         return self._labelled(ImageSet(images, rest, digests).part(new), len(self.members))
 

@@ -145,6 +145,30 @@ def test_a_run_folder_says_which_images_went_for_which(tmp_path: Path) -> None:
     assert "removed" not in json.loads((other / "members.json").read_text())
 
 
+@pytest.mark.parametrize("flip", [False, True])
+def test_fresh_images_are_none_that_was_trained_on_taken_out_or_held_out(flip: bool) -> None:
+    options = {
+        "source": copied(mirrored=flip),
+        "flip": flip,
+        "deduplicate": "exact",
+        "num_members": 25,
+        "num_heldout": 3,
+    }
+    data = module(**options, labels="random", num_classes=5)
+    fresh = data.fresh(100)
+    known = torch.cat([data.members.indices, data.heldout.indices, data.removed.indices])
+    assert len(data.removed) > 0
+    assert len(data.removed) + len(data.members) == 25
+    # 0 to 9 equal 30 to 39, or are their mirror images: known where the other one is
+    pictures = {index % 30 for index in known.tolist()}
+    expected = {index for index in range(40) if index % 30 not in pictures}
+    assert set(fresh.indices.tolist()) == expected
+    assert 0 < len(expected) < 12 == 40 - 25 - 3
+    assert set(data.fresh(4).indices.tolist()) <= expected
+    assert fresh.labels is not None
+    assert len(fresh.labels) == len(fresh)
+
+
 def test_labels_stay_with_their_images() -> None:
     options = {"source": copied(), "labels": "random", "num_classes": 5}
     plain, data = module(**options), module(**options, deduplicate="exact")
