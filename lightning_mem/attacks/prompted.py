@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lightning_mem.attacks.base import AbstractAttack, Scene
 from lightning_mem.attacks.cliques import largest_cliques, tightest, tiled_distances
+from lightning_mem.attacks.placement import placed
 from lightning_mem.attacks.prompted_report import FOUND, Verdict, draw_found, prompted_numbers, write_prompts
 from lightning_mem.attacks.prompts import condition_of, read_prompts, rows_of, with_cfg
 from lightning_mem.data.datamodule import BLOCK
@@ -138,7 +139,7 @@ class PromptedExtraction(AbstractAttack):
     def run(self, scene: Scene) -> list[Record]:
         """Work through the prompts, then verify what was flagged; see :class:`AbstractAttack`."""
         start = time.perf_counter()
-        target = with_cfg(scene.target, self.cfg_weight)
+        target = placed(with_cfg(scene.target, self.cfg_weight), scene.workers.device)
         found = [
             self._prompt(scene, target, prompt, kind) for kind, prompts in self.prompts.items() for prompt in prompts
         ]
