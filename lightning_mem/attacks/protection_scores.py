@@ -304,7 +304,7 @@ def floors(measure: Measure, like: Record, common: Mapping[str, Any], at_most: i
     sets = {"members": reference.members[: len(reference.indices)]}
     if reference.fresh is not None:
         sets["fresh"] = reference.fresh(at_most)
-    found = []
+    found, words = [], {"members": "training images", "fresh": "fresh images"}
     for extractor in measure.extractors:
         real = measure.banks.features("heldout", extractor)
         for name, images in sets.items():
@@ -319,7 +319,7 @@ def floors(measure: Measure, like: Record, common: Mapping[str, Any], at_most: i
 
             n = len(images)
             definition = {
-                **common, **space_of(extractor), "queries": f"{name} images", "num_samples": n, "bank": "heldout",
+                **common, **space_of(extractor), "queries": words[name], "num_samples": n, "bank": "heldout",
                 "bank_size": len(real),
             }  # fmt: skip
             ends = None
