@@ -8,10 +8,13 @@ from lightning_mem.attacks.extraction import Extraction
 from lightning_mem.attacks.guided import SurrogateGuidance
 from lightning_mem.attacks.loss import LossAttack
 from lightning_mem.attacks.loss_scores import calibrated_verdict, loss_z, reconstruction_losses
+from lightning_mem.attacks.membership import AbstractMembership
 from lightning_mem.attacks.noise_norm import NoiseNorm, noise_norms
+from lightning_mem.attacks.pia import PIA
 from lightning_mem.attacks.prompted import PromptedExtraction
 from lightning_mem.attacks.protection_scores import copy_reduction, frechet_ratio
 from lightning_mem.attacks.protections import Protections
 from lightning_mem.attacks.pseudo_labels import PseudoLabels
+from lightning_mem.attacks.secmi import SecMI
 from lightning_mem.attacks.side import SIDE
 from lightning_mem.attacks.unique_law import expected_unique

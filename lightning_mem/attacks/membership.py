@@ -25,16 +25,13 @@ from lightning_mem.attacks.membership_scores import (
     told_images,
     unresolved,
 )
-from lightning_mem.attacks.query import Query
 from lightning_mem.attacks.report import short, write_rows
 from lightning_mem.diffusion import ScoreTerm, Target, guidance_settings
 from lightning_mem.diffusion.additions import AbstractAddition
-from lightning_mem.diffusion.sampling import evaluation_mode
 from lightning_mem.evaluation import Number, Reference, Workers, read_ledger
 from lightning_mem.evaluation.table import LOOK
 from lightning_mem.metrics import two_sample_p_value
 from lightning_mem.records import Record, digest
-from lightning_mem.types import to_float
 
 SHIFT = 0.01
 """Below this p value members and held-out images are said to differ in kind."""
@@ -126,18 +123,17 @@ class AbstractMembership(AbstractAttack):
         return {}
 
     @abstractmethod
-    def errors(self, query: Query, x0: Tensor, rows: Tensor, times: Sequence[int], name: str) -> Tensor:
-        """The error of some images at some timesteps, lower = member.
+    def side_errors(
+        self, target: Target, images: Tensor, arms: Mapping[str, Sequence[ScoreTerm]], name: str, workers: Workers
+    ) -> dict[str, Tensor]:
+        """The error of every image at every one of ``times`` by arm, float64 [N, T], lower = member.
 
         Args:
-            query: The denoiser.
-            x0: [B, C, H, W] in the denoiser's space.
-            rows: int64 [B], their rows.
-            times: T timesteps, increasing.
+            target: The model.
+            images: uint8 [N, C, H, W].
+            arms: Score terms by the arm's name; none for the plain denoiser.
             name: ``members`` or ``heldout``: with the row, the address of an image's noise.
-
-        Returns:
-            float64 [B, T].
+            workers: How blocks are dealt out.
         """
 
     @abstractmethod
@@ -175,27 +171,14 @@ class AbstractMembership(AbstractAttack):
         Raises:
             ValueError: If a score is not finite.
         """
-        own, other = (
-            self._one_side(target, side, arms, name, workers)
+        sides = [
+            self.side_errors(target, side, arms, name, workers)
             for side, name in zip(images, ("members", "heldout"), strict=True)
-        )
-        return {arm: (own[arm], other[arm]) for arm in arms}
-
-    def _one_side(
-        self, target: Target, images: Tensor, arms: Mapping[str, Sequence[ScoreTerm]], name: str, workers: Workers
-    ) -> dict[str, Tensor]:
-        times = self.times
-        queries = [Query(target, terms, workers.device) for terms in arms.values()]
-
-        def compute(rows: Tensor) -> Tensor:
-            x0 = target.codec.encode(to_float(images[rows]).to(workers.device))
-            return torch.stack([self.errors(query, x0, rows, times, name) for query in queries], 1)
-
-        with evaluation_mode(target.denoiser), torch.no_grad():
-            found = -workers.in_blocks(len(images), compute, label=f"{self.title} on {name}").cpu()
-        if not torch.isfinite(found).all():
-            raise ValueError(f"{int((~torch.isfinite(found)).sum())} of {found.numel()} scores are not finite")
-        return {arm: found[:, place] for place, arm in enumerate(arms)}
+        ]
+        for found in (found for side in sides for found in side.values()):
+            if not torch.isfinite(found).all():
+                raise ValueError(f"{int((~torch.isfinite(found)).sum())} of {found.numel()} scores are not finite")
+        return {arm: (-sides[0][arm], -sides[1][arm]) for arm in arms}
 
     def tell(self, target: Target, images: Sides, workers: Workers) -> Told:
         """Ask the plain denoiser, and the protected one where there is one, about all images."""
@@ -215,7 +198,6 @@ class AbstractMembership(AbstractAttack):
         images = told_images(reference, self.title)
         told = self.tell(scene.target, images, scene.workers)
         numbers = [*self.numbers(told), *self.extra_numbers(told, shift(images, self.title))]
-        self.say(images)
         scene.first(lambda: self.write(scene, reference, told))
         return [self.record(number, scene, reference.members_digest, told.seconds) for number in numbers]
 
@@ -264,9 +246,6 @@ class AbstractMembership(AbstractAttack):
             scene.target.weights, self.seed, number.unit, seconds, number.definition, data_digest,
             scene.config_digest, scene.home.name,
         )  # fmt: skip
-
-    def say(self, images: Sides) -> None:
-        """Warn where the images cannot say what is asked of them."""
 
     def write(self, scene: Scene, reference: Reference, told: Told) -> None:
         """``tables/membership.csv``."""

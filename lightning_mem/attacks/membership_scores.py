@@ -179,13 +179,11 @@ def image_rows(
     for side, word in enumerate(("members", "heldout")):
         for row, index in enumerate(indices[side]):
             copy: Mapping[str, str] = copied.get(index, {}) if word == "members" else {}
+            ledgered = {"copies": copy.get("copies", "0"), "nearest": copy.get("nearest", "")}
             own = {
-                f"{column}_t{t}": f"{float(both[side][row, place]):.9g}"
+                f"{column}_t{t}": "" if both[side][row].isnan().any() else f"{float(both[side][row, place]):.9g}"
                 for column, both in scores.items()
                 for place, t in enumerate(times)
             }
-            found.append(
-                {"set": word, "index": index, "copies": copy.get("copies", "0"), "nearest": copy.get("nearest", ""), **own}
-            )
+            found.append({"set": word, "index": index, **ledgered, **own})
     return found
-

@@ -1,14 +1,16 @@
 """PIA: the noise a denoiser sees in the clean image, put in and asked for again."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_mem.attacks.membership import AbstractMembership
-from lightning_mem.attacks.query import Query
+from lightning_mem.attacks.query import Query, ask_images
+from lightning_mem.diffusion import ScoreTerm, Target
 from lightning_mem.diffusion.additions import AbstractAddition
+from lightning_mem.evaluation import Workers
 
 
 class PIA(AbstractMembership):
@@ -41,7 +43,6 @@ class PIA(AbstractMembership):
         unit scale.
     """
 
-    title = "PIA"
     threat_model = (
         "PIA may ask the served denoiser, protected where it is, for its noise prediction on images of its choice, "
         "twice an image. The calibrated attacker knows the membership of half the images."
@@ -63,7 +64,7 @@ class PIA(AbstractMembership):
         if not power > 0:
             raise ValueError(f"power must be positive, got {power}")
         self.normalize, self.power = normalize, power
-        self.name = "pian" if normalize else "pia"
+        self.name, self.title = ("pian", "PIAN") if normalize else ("pia", "PIA")
 
     @property
     def about(self) -> dict[str, Any]:
@@ -74,13 +75,19 @@ class PIA(AbstractMembership):
         """At t, and at 0."""
         return 2
 
-    def errors(self, query: Query, x0: Tensor, rows: Tensor, times: Sequence[int], name: str) -> Tensor:
+    def side_errors(
+        self, target: Target, images: Tensor, arms: Mapping[str, Sequence[ScoreTerm]], name: str, workers: Workers
+    ) -> dict[str, Tensor]:
         """R; see :class:`AbstractMembership`."""
+        return ask_images(target, images, arms, self.errors, workers, f"{self.title} on {name}")
+
+    def errors(self, query: Query, x0: Tensor, rows: Tensor) -> Tensor:
+        """R of a block, float64 [B, T]."""
         eps = query(x0, 0, rows)
         if self.normalize:
             eps = unit_scale(eps)
         found = []
-        for at in times:
+        for at in self.times:
             alpha_bar = float(query.process.alpha_bar[at])
             x_t = alpha_bar**0.5 * x0 + (1 - alpha_bar) ** 0.5 * eps
             away = (eps - query(x_t, at, rows)).double().flatten(1)

@@ -1,12 +1,14 @@
 """What a membership attack asks: the noise that the served denoiser predicts, protected where it is."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from lightning_mem.diffusion import ScoreTerm, Target
-from lightning_mem.diffusion.sampling import network_of
+from lightning_mem.diffusion.sampling import evaluation_mode, network_of
+from lightning_mem.evaluation import Workers
+from lightning_mem.types import to_float
 
 
 class Query:
@@ -23,9 +25,7 @@ class Query:
         ValueError: If the target is conditioned on classes.
     """
 
-    def __init__(
-        self, target: Target, terms: Sequence[ScoreTerm] = (), device: torch.device | str = "cpu"
-    ) -> None:
+    def __init__(self, target: Target, terms: Sequence[ScoreTerm] = (), device: torch.device | str = "cpu") -> None:
         if target.num_classes is not None:
             raise ValueError(
                 "a membership attack needs an unconditional target: it does not read the label of an image, got one "
@@ -69,3 +69,37 @@ class Query:
         here, there = (float(self.process.alpha_bar[t]) for t in (start, end))
         x0 = (x - (1 - here) ** 0.5 * eps) / here**0.5
         return there**0.5 * x0 + (1 - there) ** 0.5 * eps
+
+
+Measure = Callable[[Query, Tensor, Tensor], Tensor]
+"""(query, x0 [B, C, H, W] in the denoiser's space, rows int64 [B]) -> float64 [B, ...]."""
+
+
+@torch.no_grad()
+def ask_images(
+    target: Target,
+    images: Tensor,
+    arms: Mapping[str, Sequence[ScoreTerm]],
+    measure: Measure,
+    workers: Workers,
+    label: str,
+) -> dict[str, Tensor]:
+    """What a measure finds for every image by arm, [N, ...], in blocks of one shape that processes share.
+
+    Args:
+        target: The model.
+        images: uint8 [N, C, H, W].
+        arms: Score terms by the arm's name; none for the plain denoiser.
+        measure: Asked for one block and arm.
+        workers: How blocks are dealt out.
+        label: Of the progress bar.
+    """
+    queries = [Query(target, terms, workers.device) for terms in arms.values()]
+
+    def compute(rows: Tensor) -> Tensor:
+        x0 = target.codec.encode(to_float(images[rows]).to(workers.device))
+        return torch.stack([measure(query, x0, rows) for query in queries], 1)
+
+    with evaluation_mode(target.denoiser):
+        found = workers.in_blocks(len(images), compute, label=label).cpu()
+    return {arm: found[:, place] for place, arm in enumerate(arms)}

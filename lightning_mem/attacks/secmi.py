@@ -1,14 +1,16 @@
 """SecMI: how far one DDIM step there and back misses, after a deterministic way to the timestep."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_mem.attacks.membership import AbstractMembership
-from lightning_mem.attacks.query import Query
+from lightning_mem.attacks.query import Query, ask_images
+from lightning_mem.diffusion import ScoreTerm, Target
 from lightning_mem.diffusion.additions import AbstractAddition
+from lightning_mem.evaluation import Workers
 
 
 class SecMI(AbstractMembership):
@@ -84,10 +86,10 @@ class SecMI(AbstractMembership):
         """The way there, and one step there and back."""
         return t // self.stride + 2
 
-    def differences(self, query: Query, x0: Tensor, rows: Tensor, times: Sequence[int]) -> Tensor:
+    def differences(self, query: Query, x0: Tensor, rows: Tensor) -> Tensor:
         """By what one step there and back misses, [B, T, C, H, W]; one way serves all timesteps."""
         found, x, at = [], x0, 0
-        for t in times:
+        for t in self.times:
             while at < t:
                 x = query.ddim(x, at, at + self.stride, rows)
                 at += self.stride
@@ -95,6 +97,12 @@ class SecMI(AbstractMembership):
             found.append(query.ddim(there, t + self.stride, t, rows) - x)
         return torch.stack(found, 1)
 
-    def errors(self, query: Query, x0: Tensor, rows: Tensor, times: Sequence[int], name: str) -> Tensor:
+    def side_errors(
+        self, target: Target, images: Tensor, arms: Mapping[str, Sequence[ScoreTerm]], name: str, workers: Workers
+    ) -> dict[str, Tensor]:
         """The t-error; see :class:`AbstractMembership`."""
-        return self.differences(query, x0, rows, times).double().square().flatten(2).sum(2)
+        return ask_images(target, images, arms, self.errors, workers, f"{self.title} on {name}")
+
+    def errors(self, query: Query, x0: Tensor, rows: Tensor) -> Tensor:
+        """The t-error of a block, float64 [B, T]."""
+        return self.differences(query, x0, rows).double().square().flatten(2).sum(2)

@@ -54,6 +54,7 @@ from lightning_mem.metrics.scores import (
 from lightning_mem.metrics.sharded import Shard, sharded_neighbors
 from lightning_mem.metrics.sscd import SSCDExtractor
 from lightning_mem.metrics.three_sample import DataCopying, data_copying
+from lightning_mem.metrics.two_sample import two_sample_p_value
 
 __all__ = [
     "SSCD_BANDS",
@@ -113,6 +114,7 @@ __all__ = [
     "sample_phases",
     "sharded_neighbors",
     "tiled_l2",
+    "two_sample_p_value",
     "unique_memorization_score",
     "wilson_interval",
 ]
