@@ -247,7 +247,11 @@ def _frechet_ratios(own: Scored, base: Scored, measure: Measure, common: Mapping
         real = measure.banks.features("heldout", extractor)
         mine, theirs = (scored.features[extractor.name] for scored in (own, base))
         definition = {**common, **space_of(extractor), "bank": "heldout", "bank_size": len(real)}
-        value, ends = frechet_ratio(mine, theirs, real)
+        try:
+            value, ends = frechet_ratio(mine, theirs, real)
+        except ValueError as error:  # all that was drawn is still worth telling
+            yield absent("frechet_ratio", str(error), definition, "ratio")
+            continue
         how = {} if ends is None else {"interval": f"{JACKKNIFE} of the logarithm, paired"}
         yield Number("frechet_ratio", value, len(mine), {**definition, **how}, ends, "ratio")
 

@@ -142,11 +142,20 @@ def test_membership_is_that_of_the_loss_attack_on_the_same_noise() -> None:
     loss = LossAttack(PushProtection(-0.5), timesteps=[30, 60], noise_seed=0)
     loss.identity(planted(), "nowhere", Path("home"))
     expected = loss.run(scene_of(planted(), MEMBERS, HELDOUT, Path("loss")))
-    assert {record.name for record in expected} >= {f"attack/loss/{name}" for name in ("z", "auc", "auc_folded")}
-    for record in expected:
-        about = record.definition
-        key = ("unguided", about["protection"], record.name.removeprefix("attack/loss/"))
-        own = found[(*key, about["attacker"], str(about["t"]))]
+    by_key = {
+        (
+            r.definition["protection"],
+            r.name.removeprefix("attack/loss/"),
+            r.definition["attacker"],
+            r.definition["t"],
+        ): r
+        for r in expected
+        if "t" in r.definition
+    }
+    told = {key[1:]: record for key, record in found.items() if "t" in record.definition}
+    assert len(told) == 2 * 3 * 5
+    for (protection, what, attacker, t), own in told.items():
+        record = by_key[protection, what, attacker, int(t)]
         assert (own.value, own.low, own.high, own.n) == (record.value, record.low, record.high, record.n)
 
 
