@@ -71,7 +71,7 @@ def test_without_public_images_or_labels_it_refuses(data: MemorizationDataModule
         ClassGuidance(num_images=3).terms(target(data), "somewhere", torch.arange(2))
     data.source.labels = lambda: None  # type: ignore[method-assign]
     with pytest.raises(ValueError, match="digits has none"):
-        ClassGuidance().terms(target(data), "somewhere", torch.arange(2))
+        ClassGuidance(num_images=3).terms(target(data), "somewhere", torch.arange(2))
     data.source.__class__ = type("Few", (DigitsSource,), {"__len__": lambda self: 0})
     with pytest.raises(ValueError, match="digits has no image beside the members and held-out images of somewhere"):
         ClassGuidance().terms(target(data), "somewhere", torch.arange(2))
