@@ -6,6 +6,7 @@ from lightning_mem.attacks.cliques import Clique, largest_cliques, tiled_distanc
 from lightning_mem.attacks.clusters import Clusters, cluster, cohesion, isolation, keep_clusters
 from lightning_mem.attacks.extraction import Extraction
 from lightning_mem.attacks.guided import SurrogateGuidance
+from lightning_mem.attacks.inpainting import Inpainting
 from lightning_mem.attacks.loss import LossAttack
 from lightning_mem.attacks.loss_scores import calibrated_verdict, loss_z, reconstruction_losses
 from lightning_mem.attacks.membership import AbstractMembership

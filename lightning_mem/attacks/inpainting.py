@@ -1,0 +1,217 @@
+"""The inpainting attack: half of an image is hidden, and a model that knows the image completes it better."""
+
+import csv
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import NormalDist
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightning_mem.attacks.base import AbstractAttack, Scene
+from lightning_mem.attacks.completions import Completions, Half
+from lightning_mem.attacks.loss_scores import loss_z
+from lightning_mem.data.datamodule import BLOCK
+from lightning_mem.diffusion import Sampler, Target
+from lightning_mem.evaluation import Workers
+from lightning_mem.metrics import roc
+from lightning_mem.randomness import generator
+from lightning_mem.records import Record, atomic_write, digest
+
+PREFIX = "attack/inpainting/"
+
+
+class Inpainting(AbstractAttack):
+    r"""Tells members from held-out images by how well the model completes what it is not shown of them.
+
+    Half of an image is hidden and completed ``num_inpaintings`` times; of these the ``kept`` with the lowest loss stay,
+    and the image's score is minus their mean distance to the truth over the hidden half: larger = member. The distance
+    is to the true image, so this is an audit (of what a partly known image gives away), not an attack in the dark.
+
+    Records, for ``definition.statistic`` ``best`` (the kept) and ``all`` (no choice): ``attack/inpainting/distance``
+    and ``distance_heldout`` (means over images), ``auc``, ``tpr_at_0.01`` and ``z`` (standard errors by which members
+    are completed better). ``tables/inpainting.csv`` has a row for every image. A second run goes on where the first one
+    stopped.
+
+    Args:
+        num_images: Members, and as many held-out images, drawn by address; null for all.
+        num_inpaintings: Completions of an image, at least 1. The paper's number is told as 1,000 and as 5,000.
+        kept: Completions with the lowest loss that are averaged, at least 1.
+        half: Which half is hidden: ``left``, ``right``, ``top``, ``bottom``.
+        timestep: Training timestep of the loss by which they are chosen.
+        num_steps: Sampler steps.
+        sampler: ``ddim``, ``ddpm``, ``dpm++``, ``heun`` or ``euler``.
+        eta: DDIM's share of fresh noise, 0 to 1; null for 1, and 0 with other samplers. Without fresh noise a completion
+            cannot take back what it decided before the seen half had a say: more of them are wrong.
+        sample_seed: Of noise and of the drawn images; null takes ``seed_everything``.
+        block: Images of a network call: part of the definition.
+
+    Raises:
+        ValueError: If a number is out of range, the target is conditioned on classes, or a side has fewer than 2
+            images.
+
+    Undefined when:
+        Members and held-out images differ in more than membership: an image with an empty half is easy for everybody.
+
+    Source:
+        Carlini et al., Extracting Training Data from Diffusion Models, arXiv:2301.13188, section 5.3. That distances
+        are averaged over the kept, and not the images, is our reading.
+    """
+
+    name = "inpainting"
+    threat_model = (
+        "The inpainting audit shows the target half of an image and asks it for the rest; it may ask for noise "
+        "predictions, to choose among completions. The score needs the whole image."
+    )
+
+    def __init__(
+        self,
+        num_images: int | None = 64,
+        num_inpaintings: int = 1000,
+        kept: int = 10,
+        half: Half = "right",
+        timestep: int = 100,
+        num_steps: int = 50,
+        sampler: Sampler = "ddim",
+        eta: float | None = None,
+        sample_seed: int | None = None,
+        block: int = BLOCK,
+    ) -> None:
+        if num_images is not None and num_images < 2:
+            raise ValueError(f"num_images must be at least 2, got {num_images}")
+        if not 1 <= kept <= num_inpaintings:
+            raise ValueError(f"kept must lie in 1 .. num_inpaintings, got {kept} of {num_inpaintings}")
+        if block < 1:
+            raise ValueError(f"block must be at least 1, got {block}")
+        self.num_images, self.num_inpaintings, self.kept = num_images, num_inpaintings, kept
+        self.half: Half = half
+        self.timestep = timestep
+        self.seed = int(os.environ.get("PL_GLOBAL_SEED", "0")) if sample_seed is None else sample_seed
+        eta = float(sampler == "ddim") if eta is None else eta
+        self.drawing: dict[str, Any] = {"num_steps": num_steps, "sampler": sampler, "eta": eta, "block": block}
+
+    def identity(self, target: Target, path: str, home: Path) -> str:
+        """Digest of target and settings; see :class:`AbstractAttack`."""
+        if target.num_classes is not None:
+            raise ValueError(
+                f"the inpainting attack needs an unconditional target, got one of {target.num_classes} classes: it "
+                "does not read the label of an image"
+            )
+        if not 0 <= self.timestep < target.process.num_timesteps:
+            raise ValueError(f"timestep must lie in [0, {target.process.num_timesteps}), got {self.timestep}")
+        if min(target.shape[1:]) < 2:
+            raise ValueError(f"an image of {target.shape} in the denoiser's space has no half to hide")
+        return digest(target.digest, self._definition(), self.num_images, self.seed)
+
+    def _definition(self) -> dict[str, Any]:
+        return {
+            **self.drawing, "half": self.half, "num_inpaintings": self.num_inpaintings, "kept": self.kept,
+            "timestep": self.timestep,
+        }  # fmt: skip
+
+    def run(self, scene: Scene) -> list[Record]:
+        """Complete both sides' images; see :class:`AbstractAttack`."""
+        start = time.perf_counter()
+        reference = scene.reference()
+        heldout = reference.heldout[: len(reference.heldout) // (2 if reference.mirror else 1)]  # mirror images follow
+        sides = {"members": reference.members[: len(reference.indices)], "heldout": heldout}
+        if min(map(len, sides.values())) < 2:
+            raise ValueError(
+                f"the inpainting attack needs at least 2 members and 2 held-out images, got {len(sides['members'])} "
+                f"and {len(heldout)}: raise data.num_heldout"
+            )
+        found, chosen = {}, {}
+        for kind, images in sides.items():
+            chosen[kind] = torch.randperm(len(images), generator=generator(self.seed, "inpainting images", kind))
+            chosen[kind] = chosen[kind][: self.num_images].sort().values
+            completions = Completions(
+                scene.target, images[chosen[kind]], self.half, self.num_inpaintings, self.timestep, self.seed, kind,
+                self.drawing, scene.workers.device,
+            )  # fmt: skip
+            found[kind] = self._all(scene, completions)
+        best = {kind: self._best(scores) for kind, scores in found.items()}
+        every = {kind: scores[:, :, 1].mean(1) for kind, scores in found.items()}
+        scene.first(lambda: self._write(scene.folder / "tables" / "inpainting.csv", chosen, best, every))
+        seconds = time.perf_counter() - start
+        return [
+            record
+            for statistic, distances in (("best", best), ("all", every))
+            for record in self._records(statistic, distances, scene, seconds)
+        ]
+
+    def _best(self, scores: Tensor) -> Tensor:
+        """Mean distance [N] over the completions with the lowest loss; scores [N, completions, 2]."""
+        order = scores[:, :, 0].argsort(dim=1, stable=True)[:, : self.kept]
+        return scores[:, :, 1].gather(1, order).mean(1)
+
+    def _all(self, scene: Scene, completions: Completions) -> Tensor:
+        """Scores [N, completions, 2], a few images at a time, each group kept in a file."""
+        block, count = int(self.drawing["block"]), completions.count
+        together = max(1, block // count)
+        found = []
+        for group in torch.arange(len(completions.images)).split(together):
+            file = scene.folder / "parts" / f"{completions.kind}_{int(group[0]):06d}.npy"
+            there = file.is_file()
+            if not there:
+                scores = self._group(completions, group, scene.workers, block)
+                scene.first(lambda scores=scores, file=file: _save(file, scores))  # type: ignore[misc]
+            found.append(torch.from_numpy(np.load(file)))
+        return torch.cat(found)
+
+    @staticmethod
+    def _group(completions: Completions, group: Tensor, workers: Workers, block: int) -> Tensor:
+        count, first = completions.count, int(group[0]) * completions.count
+
+        def compute(rows: Tensor) -> Tensor:
+            own = rows.unique()
+            return completions.scores(own + first)[torch.searchsorted(own, rows)].to(workers.device)
+
+        return workers.in_blocks(len(group) * count, compute, block).cpu().unflatten(0, (len(group), count))
+
+    def _records(self, statistic: str, distances: dict[str, Tensor], scene: Scene, seconds: float) -> list[Record]:
+        members, heldout = distances["members"], distances["heldout"]
+        curve, half = roc(-members, -heldout), NormalDist().inv_cdf(0.975)
+        n = len(members) + len(heldout)
+        about = {
+            **self._definition(), "statistic": statistic, "num_members": len(members), "num_heldout": len(heldout),
+            "distance": "rms-l2 of the hidden half",
+        }  # fmt: skip
+        reference, z = scene.reference(), loss_z(members, heldout)
+
+        def record(name: str, value: float, ends: tuple[float, float], interval: str, unit: str, n: int) -> Record:
+            return Record(
+                PREFIX + name, value, n, scene.step, *ends, scene.target.weights, self.seed, unit, round(seconds, 3),
+                {**about, "interval": interval}, reference.members_digest, scene.config_digest, scene.home.name,
+            )  # fmt: skip
+
+        records = []
+        for name, own in (("distance", members), ("distance_heldout", heldout)):
+            mean, error = float(own.mean()), half * float(own.std()) / len(own) ** 0.5
+            records.append(record(name, mean, (mean - error, mean + error), "normal over images", "rms-l2", len(own)))
+        return [
+            *records,
+            record("auc", curve.auc, curve.auc_interval(), "delong", "fraction", n),
+            record(
+                "tpr_at_0.01", curve.tpr_at(0.01), curve.tpr_interval(0.01), "order statistics and wilson", "fraction",
+                len(heldout),
+            ),
+            record("z", z, (z - half, z + half), "normal", "standard errors", n),
+        ]  # fmt: skip
+
+    @staticmethod
+    def _write(file: Path, chosen: dict[str, Tensor], best: dict[str, Tensor], every: dict[str, Tensor]) -> None:
+        with atomic_write(file) as opened:
+            writer = csv.writer(opened, lineterminator="\n")
+            writer.writerow(["set", "row", "distance_best", "distance_all"])
+            for kind, rows in chosen.items():
+                columns: Sequence[list[Any]] = (rows.tolist(), best[kind].tolist(), every[kind].tolist())
+                writer.writerows([kind, row, f"{a:.6g}", f"{b:.6g}"] for row, a, b in zip(*columns, strict=True))
+
+
+def _save(file: Path, scores: Tensor) -> None:
+    with atomic_write(file, "wb") as opened:
+        np.save(opened, scores.numpy(), allow_pickle=False)
