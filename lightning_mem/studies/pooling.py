@@ -1,13 +1,20 @@
 """What several runs say together: an interval over seeds, a crossing between sizes, a power law."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 
 from lightning_mem.metrics import wilson_interval
+from lightning_mem.records import Record
+
+OF_ONE_RUN = ("bank_size", "interval_method", "sample_seed", "target")
+"""Keys of a definition that speak of one seed's run; so do all digests."""
+
+OVER_SEEDS = "t over seeds, with wilson over samples for shares, 95%"
 
 
 def seeds_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float]:
@@ -187,3 +194,30 @@ def fit_power_law(x: Sequence[float], y: Sequence[float]) -> PowerLaw:
     error = math.sqrt(float(left @ left) / (len(x) - 2) / float(centred @ centred))
     half = float(t.ppf(0.975, len(x) - 2)) * error
     return PowerLaw(slope, slope - half, slope + half, math.exp(log_y.mean() - slope * log_x.mean()), len(x))
+
+
+def pooled_record(
+    of: Sequence[Record], value: float, low: float | None, high: float | None, n: int, about: Mapping[str, Any]
+) -> Record:
+    """A record of several runs; its definition keeps what is equal in all of theirs.
+
+    Args:
+        of: One record per run, of one name.
+        value: What they say together.
+        low: Lower end of its interval; null for none.
+        high: Upper end.
+        n: What it rests on.
+        about: What its definition says besides; without an ``interval`` there, one over seeds is named.
+    """
+    first = of[0].definition
+    kept = {
+        key: value
+        for key, value in first.items()
+        if all(record.definition.get(key) == value for record in of) and key not in OF_ONE_RUN and "digest" not in key
+    }
+    method = "log t over seeds, with samples 95%" if of[0].unit == "ratio" else OVER_SEEDS
+    interval = {} if "interval" in about else {"interval": method}
+    return replace(
+        of[0], value=value, low=low, high=high, n=n, seed=0, seconds=0.0, data_digest="", config_digest="",
+        run="pooled", definition={**kept, **interval, **about},
+    )  # fmt: skip

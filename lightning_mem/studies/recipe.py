@@ -28,7 +28,7 @@ LOOKING_ON = {"Gallery", "ModelCheckpoint", "RichProgressBar", "TQDMProgressBar"
 
 SURROGATE = "SurrogateModule"
 
-PARENTS = {"target", "surrogate", "time_independent"}
+PARENTS = {"target", "surrogate", "time_independent", "random_label"}
 """Keys whose value is the folder of a run that this one builds on: it counts by what made it, not by its place."""
 
 OF_THE_PROCESS = {"config", "out", "trainer", "weights_only"}

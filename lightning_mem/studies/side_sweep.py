@@ -10,17 +10,12 @@ from lightning_mem.data.plan import Row, merge
 from lightning_mem.evaluation.curves import curve
 from lightning_mem.records import Record
 from lightning_mem.studies.base import AbstractStudy, Run, Settings
-from lightning_mem.studies.pooling import pooled_ratio, pooled_share, seeds_interval
+from lightning_mem.studies.pooling import pooled_ratio, pooled_record, pooled_share, seeds_interval
 from lightning_mem.studies.side_picture import UNGUIDED, arms_of, draw_sweep, sweep_table
 
 PREFIX = "attack/side/"
 AMS, UMS, HITS, UNIQUE = f"{PREFIX}ams/", f"{PREFIX}ums/", f"{PREFIX}hits", f"{PREFIX}unique_share"
 CONTROL = "_heldout"
-OF_ONE_RUN = ("bank_size", "interval_method", "sample_seed", "target")
-"""Keys of a definition that speak of one seed's run; so do all digests."""
-
-OVER_SEEDS = "t over seeds, with wilson over samples for shares, 95%"
-
 Value = int | float | str | list[int] | dict[str, int | float | str | bool | None] | None
 """Of a swept setting: a list is an interval of timesteps, a mapping sets several keys, null switches it off."""
 
@@ -205,7 +200,7 @@ class SideSweep(AbstractStudy):
             return []
         mean, low, high = pooled_share([record.value or 0.0 for record in last], last[0].n)
         about = {"num_members": self.num_members, "parameter": self.parameter}
-        return [_pooled(last, mean, low, high, sum(record.n for record in last), about)]
+        return [pooled_record(last, mean, low, high, sum(record.n for record in last), about)]
 
     def _measures(self, runs: Sequence[Run], word: str, arm: str) -> list[Record]:
         """Every number of the attack, pooled over the seeds that have it."""
@@ -218,7 +213,7 @@ class SideSweep(AbstractStudy):
                 continue
             about = {**self._about(word, arm), "seeds": len(own)}
             mean, low, high = _mean(name, values, own)
-            found.append(_pooled(own, mean, low, high, sum(record.n for record in own), about))
+            found.append(pooled_record(own, mean, low, high, sum(record.n for record in own), about))
         return found
 
     def _gains(self, runs: Sequence[Run], word: str, arm: str) -> list[Record]:
@@ -269,7 +264,7 @@ class SideSweep(AbstractStudy):
         """A record of a mean over paired seeds."""
         low, high = seeds_interval(values) if len(values) > 1 else (None, None)
         about = {**about, "interval": "t over paired seeds 95%"}
-        return replace(_pooled(of, sum(values) / len(values), low, high, len(values), about), name=name)
+        return replace(pooled_record(of, sum(values) / len(values), low, high, len(values), about), name=name)
 
 
 def _shaped(runs: Sequence[Run]) -> list[str]:
@@ -312,24 +307,6 @@ def _mean(name: str, values: Sequence[float], own: Sequence[Record]) -> tuple[fl
         return pooled_ratio(values, ends if len(ends) == len(own) else ())
     mean = sum(values) / len(values)
     return (mean, *seeds_interval(values)) if len(values) > 1 else (mean, own[0].low, own[0].high)
-
-
-def _pooled(
-    of: Sequence[Record], value: float, low: float | None, high: float | None, n: int, about: Mapping[str, Any]
-) -> Record:
-    """A record of several runs; its definition keeps what is equal in all of theirs."""
-    first = of[0].definition
-    kept = {
-        key: value
-        for key, value in first.items()
-        if all(record.definition.get(key) == value for record in of) and key not in OF_ONE_RUN and "digest" not in key
-    }
-    method = "log t over seeds, with samples 95%" if of[0].unit == "ratio" else OVER_SEEDS
-    interval = {} if "interval" in about else {"interval": method}
-    return replace(
-        of[0], value=value, low=low, high=high, n=n, seed=0, seconds=0.0, data_digest="", config_digest="",
-        run="pooled", definition={**kept, **interval, **about},
-    )  # fmt: skip
 
 
 def _word(value: Value) -> str:
