@@ -7,9 +7,11 @@ from lightning_mem.attacks.clusters import Clusters, cluster, cohesion, isolatio
 from lightning_mem.attacks.extraction import Extraction
 from lightning_mem.attacks.guided import SurrogateGuidance
 from lightning_mem.attacks.inpainting import Inpainting
+from lightning_mem.attacks.lira import LiRA, likelihood_ratios
 from lightning_mem.attacks.loss import LossAttack
 from lightning_mem.attacks.loss_scores import calibrated_verdict, loss_z, reconstruction_losses
 from lightning_mem.attacks.membership import AbstractMembership
+from lightning_mem.attacks.memberships import Memberships
 from lightning_mem.attacks.noise_norm import NoiseNorm, noise_norms
 from lightning_mem.attacks.pia import PIA
 from lightning_mem.attacks.prompted import PromptedExtraction

@@ -192,6 +192,12 @@ class AbstractMembership(AbstractAttack):
         found = self.scores(target, images, arms, workers)
         return Told(found, settings, self.times, time.perf_counter() - start)
 
+    def tell_plain(self, target: Target, images: Sides, workers: Workers) -> Told:
+        """Ask the plain denoiser alone."""
+        start = time.perf_counter()
+        found = self.scores(target, images, {"none": ()}, workers)
+        return Told(found, {"none": {"protection": "none"}}, self.times, time.perf_counter() - start)
+
     def run(self, scene: Scene) -> list[Record]:
         """Ask about all images, then tell them apart; see :class:`AbstractAttack`."""
         reference = scene.reference()
@@ -213,7 +219,7 @@ class AbstractMembership(AbstractAttack):
                     further["candidates"] = " ".join(map(str, self.candidates))
                     known = calibration_scores((own, other), told.times.index(verdict.t), verdict.sign, self.seed)
                     numbers.append(fitted_accuracy(verdict, known))
-                found += [self._defined(number, told.settings[arm], further) for number in numbers]
+                found += [self.defined(number, told.settings[arm], further) for number in numbers]
         return found
 
     def extra_numbers(self, told: Told, p_value: float) -> list[Number]:
@@ -221,20 +227,21 @@ class AbstractMembership(AbstractAttack):
         found = []
         for arm in told.scores:
             curve = curve_numbers(told.tested(arm), told.times, self.curve)
-            found += [self._defined(number, told.settings[arm]) for number in curve]
+            found += [self.defined(number, told.settings[arm]) for number in curve]
         count = sum(map(len, told.scores["none"]))
         about = {**told.settings["none"], "attacker": "none"}
         for t in self.timesteps:
             calls = float(self.evaluations(t))
-            found.append(self._defined(Number("evaluations", calls, count, {"t": t}, None, "denoiser calls"), about))
+            found.append(self.defined(Number("evaluations", calls, count, {"t": t}, None, "denoiser calls"), about))
         seconds = told.seconds / count
         asked = {**about, "timesteps": " ".join(map(str, told.times)), "arms": len(told.scores)}
-        found.append(self._defined(Number("seconds_per_image", seconds, count, {}, None, "seconds"), asked))
+        found.append(self.defined(Number("seconds_per_image", seconds, count, {}, None, "seconds"), asked))
         test = {"test": "kernel two-sample, permutations", "extractor": "pixels"}
-        found.append(self._defined(Number("shift_p_value", p_value, count, test, None, "probability"), about))
+        found.append(self.defined(Number("shift_p_value", p_value, count, test, None, "probability"), about))
         return found
 
-    def _defined(self, number: Number, *settings: Mapping[str, Any]) -> Number:
+    def defined(self, number: Number, *settings: Mapping[str, Any]) -> Number:
+        """A number with what it means: arm, setting and the method's own settings."""
         about = {key: value for part in settings for key, value in part.items()}
         definition = {**about, "setting": self.setting, **self.about, **number.definition}
         return Number(number.name, number.value, number.n, definition, number.interval, number.unit)
@@ -250,7 +257,7 @@ class AbstractMembership(AbstractAttack):
     def write(self, scene: Scene, reference: Reference, told: Told) -> None:
         """``tables/membership.csv``."""
         columns = {"score" if arm == "none" else f"score_{arm}": sides for arm, sides in told.scores.items()}
-        write_images(scene, reference, columns, told.times)
+        write_images(scene, reference, columns, dict.fromkeys(columns, told.times))
 
     def table(self, records: Sequence[Record]) -> Table:
         """One row an arm and attacker."""
@@ -300,14 +307,16 @@ def shift(images: Sides, attack: str) -> float:
     return p
 
 
-def write_images(scene: Scene, reference: Reference, columns: Mapping[str, Sides], times: Sequence[int]) -> None:
+def write_images(
+    scene: Scene, reference: Reference, columns: Mapping[str, Sides], times: Mapping[str, Sequence[int]]
+) -> None:
     """``tables/membership.csv``: scores of every image by column, beside its row of the run's ledger.
 
     Args:
         scene: Of the attack.
         reference: Its images.
         columns: float64 [m, T] and [n, T] by the column's name.
-        times: The T timesteps.
+        times: The T timesteps of each.
     """
     count = len(next(iter(columns.values()))[1])
     ledger = [

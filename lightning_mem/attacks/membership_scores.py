@@ -162,7 +162,7 @@ def unresolved(rates: Sequence[float], heldout: int) -> str:
 
 def image_rows(
     scores: Mapping[str, Sides],
-    times: Sequence[int],
+    times: Mapping[str, Sequence[int]],
     indices: tuple[Sequence[int], Sequence[int]],
     ledger: Sequence[Mapping[str, str]] = (),
 ) -> list[dict[str, str | int]]:
@@ -170,7 +170,7 @@ def image_rows(
 
     Args:
         scores: float64 [m, T] and [n, T] by column, larger = member; NaN where an image was not told apart.
-        times: The T timesteps.
+        times: The T timesteps of each.
         indices: Of members and held-out images.
         ledger: Rows of the target's step and weights: who was copied.
     """
@@ -183,7 +183,7 @@ def image_rows(
             own = {
                 f"{column}_t{t}": "" if both[side][row].isnan().any() else f"{float(both[side][row, place]):.9g}"
                 for column, both in scores.items()
-                for place, t in enumerate(times)
+                for place, t in enumerate(times[column])
             }
             found.append({"set": word, "index": index, **ledgered, **own})
     return found

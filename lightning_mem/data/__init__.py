@@ -4,6 +4,7 @@ from lightning_mem.data.datamodule import Duplicates, MemorizationDataModule
 from lightning_mem.data.deduplicate import DuplicateGroup, duplicate_groups
 from lightning_mem.data.folder import FolderSource, read_image
 from lightning_mem.data.labels import LabelRule, assign_labels, classes_of
+from lightning_mem.data.pool import PoolSource
 from lightning_mem.data.random_labels import RandomLabels, balanced_bits, image_keys
 from lightning_mem.data.sources import (
     GREY_RULE,
