@@ -67,8 +67,12 @@ class MembershipStudy(AbstractStudy):
         self.lira_seeds = self.seeds[:1] if lira_seeds is None else lira_seeds
         halves = [*config, *(pool or [])]
         self.recipes: dict[str, list[str]] = {
-            "target": config, "attack": attack, "pool": halves, "shadow": [*halves, *(shadow or [])], "lira": lira or [],
-        }  # fmt: skip
+            "target": config,
+            "attack": attack,
+            "pool": halves,
+            "shadow": [*halves, *(shadow or [])],
+            "lira": lira or [],
+        }
         missing = sorted({file for files in self.recipes.values() for file in files if not Path(file).is_file()})
         if missing or not attack:
             raise ValueError(f"attack must name at least one file, and all must exist; missing: {missing}")
