@@ -5,6 +5,7 @@ from lightning_mem.attacks.class_guidance import ClassGuidance
 from lightning_mem.attacks.cliques import Clique, largest_cliques, tiled_distances
 from lightning_mem.attacks.clusters import Clusters, cluster, cohesion, isolation, keep_clusters
 from lightning_mem.attacks.extraction import Extraction
+from lightning_mem.attacks.gradient_norm import GradientNorm
 from lightning_mem.attacks.guided import SurrogateGuidance
 from lightning_mem.attacks.inpainting import Inpainting
 from lightning_mem.attacks.lira import LiRA, likelihood_ratios
@@ -19,5 +20,6 @@ from lightning_mem.attacks.protection_scores import copy_reduction, frechet_rati
 from lightning_mem.attacks.protections import Protections
 from lightning_mem.attacks.pseudo_labels import PseudoLabels
 from lightning_mem.attacks.secmi import SecMI
+from lightning_mem.attacks.secmi_network import SecMINetwork
 from lightning_mem.attacks.side import SIDE
 from lightning_mem.attacks.unique_law import expected_unique

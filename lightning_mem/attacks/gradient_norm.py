@@ -1,0 +1,129 @@
+"""The gradient-norm attack: a trained network has little left to learn from its members."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+
+from lightning_mem.attacks.membership import AbstractMembership
+from lightning_mem.attacks.query import Query, ask_images
+from lightning_mem.diffusion import ScoreTerm, Target
+from lightning_mem.diffusion.sampling import network_of
+from lightning_mem.evaluation import Workers
+from lightning_mem.randomness import generator
+
+
+class GradientNorm(AbstractMembership):
+    r"""Tells members from held-out images by the norm of the loss's gradient in the network's parameters.
+
+    .. math:: g_t(x) = \Big\lVert \nabla_\theta \frac{1}{D K}\sum_{k=1}^{K} \big\lVert \epsilon_k -
+        \hat\epsilon_\theta(\sqrt{\bar\alpha_t}\,x + \sqrt{1 - \bar\alpha_t}\,\epsilon_k,\ t) \big\rVert^2
+        \Big\rVert_2
+
+    over K draws, at the noise of the loss attack. Gradients of a block's images are taken together, each its own.
+    Records and attackers: :class:`AbstractMembership`.
+
+    Args:
+        num_draws: K, at least 1.
+        images_at_once: Images whose gradients are held at a time, each as large as the network; at least 1.
+        timesteps: Training timesteps of the fixed attacker, increasing; null: 100.
+        candidates: Timesteps that the calibrated attacker picks from; null for ``timesteps``.
+        curve: Timesteps of ``auc_curve``; null for none.
+        noise_seed: Of noise and split; null takes ``seed_everything``.
+
+    Raises:
+        ValueError: If a number is out of range, or the target has no network (a closed form).
+
+    Undefined when:
+        Members and held-out images differ in more than membership, or one side has copies of the other.
+
+    Source:
+        Nasr et al., arXiv:1812.00910 (gradient norm, white box); for diffusion models as one of GSA's features: Pang
+        et al., arXiv:2308.06405. Here as a score by itself, without their classifier.
+    """
+
+    name = "gradient_norm"
+    title = "Gradient norm"
+    threat_model = (
+        "The gradient-norm attack has the weights of the denoiser and back-propagates through it: no protection at "
+        "sampling time is in its way. The calibrated attacker knows the membership of half the images."
+    )
+    default_timesteps = (100,)
+
+    def __init__(
+        self,
+        num_draws: int = 1,
+        images_at_once: int = 16,
+        timesteps: list[int] | None = None,
+        candidates: list[int] | None = None,
+        curve: list[int] | None = None,
+        noise_seed: int | None = None,
+    ) -> None:
+        super().__init__(None, "", timesteps, candidates, curve, noise_seed)
+        for word, value in (("num_draws", num_draws), ("images_at_once", images_at_once)):
+            if value < 1:
+                raise ValueError(f"{word} must be at least 1, got {value}")
+        self.num_draws, self.images_at_once = num_draws, images_at_once
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """Draws of noise."""
+        return {"num_draws": self.num_draws}
+
+    def evaluations(self, t: int) -> int:
+        """One a draw, each with its way back."""
+        return self.num_draws
+
+    def side_errors(
+        self, target: Target, images: Tensor, arms: Mapping[str, Sequence[ScoreTerm]], name: str, workers: Workers
+    ) -> dict[str, Tensor]:
+        """The norms; see :class:`AbstractMembership`."""
+
+        def norms(query: Query, x0: Tensor, rows: Tensor) -> Tensor:
+            return torch.stack([self.norms(query, x0, rows, at, name) for at in self.times], 1)
+
+        return ask_images(target, images, arms, norms, workers, f"{self.title} on {name}")
+
+    def norms(self, query: Query, x0: Tensor, rows: Tensor, at: int, name: str) -> Tensor:
+        """Norm of every image's own gradient at one timestep, float64 [B]."""
+        network = network_of(query.target.denoiser)
+        if network is None or not any(True for _ in network.parameters()):
+            raise ValueError("the gradient-norm attack needs a target with a network: a closed form has no parameters")
+        called = _Called(query, network)
+        parameters = {key: value.detach() for key, value in called.named_parameters()}
+        draws = [
+            [generator(self.seed, "loss", name, int(row), at, number) for number in range(self.num_draws)]
+            for row in rows
+        ]
+        shape = query.target.shape
+        eps = torch.stack([torch.stack([torch.randn(shape, generator=draw) for draw in own]) for own in draws])
+        eps = eps.to(x0.device)
+
+        def loss(values: Mapping[str, Tensor], clean: Tensor, noise: Tensor) -> Tensor:
+            found: Tensor = functional_call(called, dict(values), (clean, noise, at))
+            return found
+
+        def norm(clean: Tensor, noise: Tensor) -> Tensor:
+            gradients = grad(loss)(parameters, clean, noise)
+            squares = torch.stack([gradient.double().square().sum() for gradient in gradients.values()])
+            return squares.sum().sqrt()
+
+        found: Tensor = vmap(norm, chunk_size=self.images_at_once)(x0, eps)
+        return found.detach()
+
+
+class _Called(nn.Module):
+    """The loss of one image as a module, so that its network can be called with other parameters."""
+
+    def __init__(self, query: Query, network: nn.Module) -> None:
+        super().__init__()
+        self.network, self.query = network, query
+
+    def forward(self, clean: Tensor, noise: Tensor, at: int) -> Tensor:
+        """Mean squared error over draws and values; clean [C, H, W], noise [K, C, H, W]."""
+        alpha_bar = float(self.query.process.alpha_bar[at])
+        x_t = alpha_bar**0.5 * clean + (1 - alpha_bar) ** 0.5 * noise
+        rows = torch.zeros(len(noise), dtype=torch.int64)
+        return (self.query(x_t, at, rows) - noise).square().mean()
