@@ -1,15 +1,18 @@
 """Generations that agree with each other: the graph of tiled distances, and its largest cliques."""
 
-from dataclasses import dataclass
-from itertools import combinations
+from dataclasses import dataclass, replace
 
 import networkx as nx
+import numpy as np
 import torch
 from torch import Tensor
 
 from lightning_mem.evaluation import Workers
 from lightning_mem.metrics.eidetic import check_tiles
-from lightning_mem.metrics.similarities import squared_distances
+from lightning_mem.metrics.precision import full_precision
+
+EXACT = 1024
+"""Products of numbers from -128 to 127 whose sum float32 holds exactly."""
 
 
 def tiled_distances(
@@ -47,18 +50,26 @@ def tiled_distances(
     check_tiles(tiles, height, width)
     workers = workers or Workers(device=images.device)
     high, wide = height // tiles, width // tiles
-    dim = channels * high * wide
+    own, together = workers.share(len(images))
+    largest = torch.zeros(len(own), len(others), dtype=torch.float64, device=workers.device)
+    for top in range(0, height, high):
+        workers.pause()
+        for left in range(0, width, wide):
+            window = (slice(None), slice(None), slice(top, top + high), slice(left, left + wide))
+            rows, columns = (part[window].flatten(1).to(workers.device) for part in (images[own], others))
+            with full_precision(workers.device):
+                torch.maximum(largest, _squared(rows, columns), out=largest)
+    return (together(largest) / (channels * high * wide)).sqrt().cpu() / 255
 
-    def compute(rows: Tensor) -> Tensor:
-        largest = torch.zeros(len(rows), len(others), dtype=torch.float64, device=workers.device)
-        for top in range(0, height, high):
-            for left in range(0, width, wide):
-                window = (slice(None), slice(top, top + high), slice(left, left + wide))
-                own, all_ = (part[:, *window].to(workers.device).flatten(1).double() for part in (images[rows], others))
-                torch.maximum(largest, squared_distances(own, all_), out=largest)
-        return largest
 
-    return (workers.in_blocks(len(images), compute, label="tiled distances") / dim).sqrt().cpu() / 255
+def _squared(rows: Tensor, columns: Tensor) -> Tensor:
+    """Sums of squared differences of uint8 rows, float64 [N, M], exact: no partial sum in float32 exceeds 2^24."""
+    found = torch.zeros(len(rows), len(columns), dtype=torch.float64, device=rows.device)
+    for a, b in zip(rows.split(EXACT, 1), columns.split(EXACT, 1), strict=True):
+        left, right = a.float() - 128, b.float() - 128
+        found += (left @ right.T).double().mul_(-2)
+        found += left.square().sum(1).double()[:, None] + right.square().sum(1).double()
+    return found
 
 
 @dataclass(frozen=True)
@@ -89,8 +100,8 @@ class Clique:
 def largest_cliques(distances: Tensor, delta: float, limit: int = 100_000) -> list[Clique]:
     """The largest clique of each connected component of the graph "at most delta apart", the largest first.
 
-    Vertices that cannot be in a clique as large as one found greedily are left out, by their core number; the rest is
-    networkx's enumeration of maximal cliques. A component of one vertex has none.
+    Vertices that cannot be in a clique as large as one found greedily are left out, core by core; if others are left,
+    networkx enumerates the maximal cliques among these. A component of one vertex has none.
 
     Args:
         distances: [N, N], symmetric. The diagonal does not matter: a generation is no neighbour of itself.
@@ -109,32 +120,55 @@ def largest_cliques(distances: Tensor, delta: float, limit: int = 100_000) -> li
         raise ValueError(f"distances must be symmetric [N, N], got {tuple(distances.shape)}")
     if not delta >= 0 or limit < 1:
         raise ValueError(f"delta must be at least 0 and limit at least 1, got {delta} and {limit}")
-    near = (distances <= delta).triu(1).nonzero()
-    graph: nx.Graph = nx.Graph(near.tolist())
-    found = [_largest(graph.subgraph(part), distances, limit) for part in nx.connected_components(graph)]
+    near = (distances <= delta).cpu().numpy()
+    np.fill_diagonal(near, False)
+    found = [_largest(part, near, distances, limit) for part in _components(near)]
     return sorted(found, key=lambda clique: clique.order)
 
 
-def _largest(component: nx.Graph, distances: Tensor, limit: int) -> Clique:
-    cores = nx.core_number(component)
-    greedy: list[int] = []
-    for vertex in sorted(component, key=lambda v: (-cores[v], v)):
-        if all(component.has_edge(vertex, other) for other in greedy):
+def _components(near: np.ndarray) -> list[np.ndarray]:
+    """Vertices of each connected component with an edge, ascending."""
+    left, found = near.any(1), []
+    while left.any():
+        part = np.zeros_like(left)
+        fresh = part.copy()
+        fresh[left.argmax()] = True
+        while fresh.any():
+            part |= fresh
+            fresh = near[fresh].any(0) & ~part
+        found.append(part.nonzero()[0])
+        left &= ~part
+    return found
+
+
+def _largest(vertices: np.ndarray, near: np.ndarray, distances: Tensor, limit: int) -> Clique:
+    own = near[np.ix_(vertices, vertices)]
+    free, greedy = np.ones(len(own), dtype=bool), []
+    for vertex in np.argsort(-own.sum(1), kind="stable"):
+        if free[vertex]:
             greedy.append(vertex)
-    rest = component.subgraph([v for v in component if cores[v] >= len(greedy) - 1])
-    best = _clique(greedy, distances)
-    for number, vertices in enumerate(nx.find_cliques(rest)):
+            free &= own[vertex]
+    kept = np.ones(len(own), dtype=bool)
+    while (weak := kept & (own[:, kept].sum(1) < len(greedy) - 1)).any():
+        kept &= ~weak
+    best = _clique(vertices[greedy], distances)
+    if kept.sum() == len(greedy):  # nobody else has neighbours enough
+        return best
+    rest = kept.nonzero()[0]
+    graph: nx.Graph = nx.from_numpy_array(own[np.ix_(rest, rest)])
+    for number, places in enumerate(nx.find_cliques(graph)):
         if number == limit:
-            return Clique(best.vertices, best.mean_distance, exact=False)
-        if len(vertices) >= len(best.vertices):
-            best = min(best, _clique(vertices, distances), key=lambda clique: clique.order)
+            return replace(best, exact=False)
+        if len(places) >= len(best.vertices):
+            best = min(best, _clique(vertices[rest[places]], distances), key=lambda clique: clique.order)
     return best
 
 
-def _clique(vertices: list[int], distances: Tensor) -> Clique:
-    own = sorted(vertices)
-    pairs = torch.tensor(list(combinations(own, 2)))
-    return Clique(tuple(own), float(distances[pairs[:, 0], pairs[:, 1]].double().mean()))
+def _clique(vertices: np.ndarray, distances: Tensor) -> Clique:
+    own = torch.from_numpy(np.sort(vertices))
+    table = distances[own][:, own].double()
+    pairs = len(own) * (len(own) - 1)
+    return Clique(tuple(own.tolist()), float(table.sum() - table.diagonal().sum()) / pairs)
 
 
 def tightest(cliques: list[Clique], size: int) -> Clique | None:

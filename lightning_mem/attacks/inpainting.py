@@ -45,7 +45,7 @@ class Inpainting(AbstractAttack):
         timestep: Training timestep of the loss by which they are chosen.
         num_steps: Sampler steps.
         sampler: ``ddim``, ``ddpm``, ``dpm++``, ``heun`` or ``euler``.
-        eta: DDIM's share of fresh noise, 0 to 1; null for 1, and 0 with other samplers. Without fresh noise a completion
+        eta: DDIM's share of fresh noise, 0 to 1; null for 1, and 0 with other samplers. Without fresh noise an image
             cannot take back what it decided before the seen half had a say: more of them are wrong.
         sample_seed: Of noise and of the drawn images; null takes ``seed_everything``.
         block: Images of a network call: part of the definition.

@@ -72,7 +72,7 @@ def test_tiled_distances_are_those_of_all_pairs_for_any_processes(tiles: int) ->
     for rank in range(2):
         workers = Workers(rank, 2, gather=lambda rows: parts.append(rows.clone()) or rows[None])  # type: ignore[func-returns-value]
         tiled_distances(images, others, tiles, workers=workers)
-    shared = torch.stack([part[0] for part in parts]).flatten(0, 1)[:70].div(64 / tiles**2).sqrt() / 255
+    shared = torch.stack(parts).flatten(0, 1)[:70].div(64 / tiles**2).sqrt() / 255
     assert torch.equal(shared, expected)
 
 
