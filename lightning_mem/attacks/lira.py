@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Self, get_args
 
 import torch
 from torch import Tensor
@@ -132,6 +132,12 @@ class LiRA(AbstractMembership):
         self._shadows = self.read_shadows()
         found = [(shadow.target.digest, sorted(shadow.digests)) for shadow in self._shadows]
         return digest(super().identity(target, path, home), found)
+
+    def at(self, times: Sequence[int]) -> Self:
+        """With the losses it stands on; see :class:`AbstractMembership`."""
+        other = super().at(times)
+        other.loss = self.loss.at(times)
+        return other
 
     def read_shadows(self) -> list[Shadow]:
         """All of them, from their folders."""

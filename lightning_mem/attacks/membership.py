@@ -1,5 +1,6 @@
 """What membership attacks share: one score per image and timestep, two attackers who read it, and what is recorded."""
 
+import copy
 import os
 import time
 import warnings
@@ -7,7 +8,7 @@ from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from rich.table import Table
@@ -191,6 +192,13 @@ class AbstractMembership(AbstractAttack):
             arms[str(own["protection"])], settings[str(own["protection"])] = terms, own
         found = self.scores(target, images, arms, workers)
         return Told(found, settings, self.times, time.perf_counter() - start)
+
+    def at(self, times: Sequence[int]) -> Self:
+        """The same attack at other timesteps, with no curve."""
+        other = copy.copy(self)
+        other.timesteps = other.candidates = list(times)
+        other.curve = []
+        return other
 
     def tell_plain(self, target: Target, images: Sides, workers: Workers) -> Told:
         """Ask the plain denoiser alone."""

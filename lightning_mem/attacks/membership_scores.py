@@ -134,16 +134,28 @@ def paired_gain(first: Sides, second: Sides, rate: float, draw: torch.Generator,
         score or so, which a bootstrap varies too little.
     """
 
-    def gain(own: Tensor, other: Tensor) -> float:
-        one, two = (roc(scores[0][own], scores[1][other]).tpr_at(rate) for scores in (first, second))
-        return one - two
-
     m, n = len(first[0]), len(first[1])
-    value = gain(torch.arange(m), torch.arange(n))
-    drawn = [
-        gain(torch.randint(m, (m,), generator=draw), torch.randint(n, (n,), generator=draw)) for _ in range(resamples)
-    ]
-    low, high = torch.tensor(drawn, dtype=torch.float64).quantile(torch.tensor([0.025, 0.975]).double()).tolist()
+    allowed = math.floor(rate * n * (1 + 1e-12))
+
+    def gains(own: Tensor, other: Tensor) -> Tensor:
+        """Of drawn rows [R, m] and [R, n]: members above the first held-out score that may not be called a member."""
+        rates = []
+        for members, heldout in (first, second):
+            if allowed == n:
+                rates.append(torch.ones(len(own), dtype=torch.float64))
+                continue
+            cut = heldout[other].topk(allowed + 1, dim=1).values[:, -1:]
+            rates.append((members[own] > cut).double().mean(1))
+        return rates[0] - rates[1]
+
+    value = float(gains(torch.arange(m)[None], torch.arange(n)[None]))
+    drawn = torch.cat(
+        [
+            gains(torch.randint(m, (1, m), generator=draw), torch.randint(n, (1, n), generator=draw))
+            for _ in range(resamples)
+        ]
+    )
+    low, high = drawn.quantile(torch.tensor([0.025, 0.975]).double()).tolist()
     definition = {"num_members": m, "num_heldout": n, "interval": "paired bootstrap over images 95%"}
     return Number(f"tpr_gain_at_{rate}", value, n, definition, (low, high), "difference")
 

@@ -71,8 +71,8 @@ class Memberships(AbstractAttack):
             target = load_target(checkpoint.path, scene.target.weights, str(scene.workers.device))
             there = replace(scene, target=target, step=checkpoint.step)
             for attack in self.attacks:
-                told = attack.tell_plain(target, images, scene.workers)
-                for number in curve_numbers(told.tested("none"), told.times, attack.curve or attack.timesteps):
+                told = attack.at(attack.curve or attack.timesteps).tell_plain(target, images, scene.workers)
+                for number in curve_numbers(told.tested("none"), told.times, told.times):
                     defined = attack.defined(number, told.settings["none"])
                     record = attack.record(defined, there, data_digest, told.seconds)
                     found[record.identity] = record

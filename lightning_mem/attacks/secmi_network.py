@@ -28,15 +28,17 @@ class SecMINetwork(SecMI):
     .. math:: s(x) = f\big(\lvert \psi(\phi(\tilde x_t, t), t + k) - \tilde x_t \rvert\big)
 
     A share of the images of either side, whose membership the attacker knows, is learned from; a quarter of them only
-    chooses the epoch, by AUC. All others are told apart, and no number rests on an image that was learned from. Maps
-    are divided by their root mean square over the images trained on. Records: :class:`AbstractMembership`.
+    chooses the epoch, by AUC and then by loss. All others are told apart, and no number rests on an image that was
+    learned from. Maps are divided by their root mean square over the images trained on. Records:
+    :class:`AbstractMembership`.
 
     Args:
         share: Of each side that is learned from, in (0, 1).
         epochs: Passes, at least 1.
         learning_rate: Of SGD with momentum 0.9, positive.
         batch_size: At least 2.
-        network: The classifier; null: ``resnet18`` with group norms.
+        network: The classifier; null: ``resnet18``. A group norm would divide out how
+            large an image's error is.
         stride: See :class:`SecMI`; so are all others.
         protection: See there.
         setting: See there.
@@ -81,7 +83,7 @@ class SecMINetwork(SecMI):
         if epochs < 1 or batch_size < 2:
             raise ValueError(f"epochs must be at least 1 and batch_size at least 2, got {epochs} and {batch_size}")
         self.share, self.epochs, self.learning_rate, self.batch_size = share, epochs, learning_rate, batch_size
-        self.network = network or ClassifierConfig("resnet18", norm="group")
+        self.network = network or ClassifierConfig("resnet18")
 
     @property
     def about(self) -> dict[str, Any]:
@@ -132,7 +134,7 @@ class SecMINetwork(SecMI):
         return order[apart:].sort().values, order[:apart].sort().values
 
     def _fit(self, train: Sequence[Tensor], choose: Sequence[Tensor], arm: str, t: int) -> TimeClassifier:
-        """The classifier of the epoch that tells the choosing images best; the first of several."""
+        """The classifier of the epoch that tells the choosing images best."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(self.seed, "secmi network", arm, t))
             network = build_classifier(self.network, train[0].shape[-1], train[0].shape[1], 2, time_dependent=False)
@@ -140,7 +142,7 @@ class SecMINetwork(SecMI):
         inputs = torch.cat(list(train))
         labels = torch.cat([torch.ones(len(train[0])), torch.zeros(len(train[1]))]).long()
         draw = generator(self.seed, "secmi network batches", arm, t)
-        best, kept = -1.0, network
+        best, kept = (-1.0, 0.0), network
         with torch.enable_grad():
             for _ in range(self.epochs):
                 network.train()
@@ -149,9 +151,11 @@ class SecMINetwork(SecMI):
                     logits = network(inputs[rows], torch.zeros(len(rows), dtype=torch.int64))
                     nn.functional.cross_entropy(logits, labels[rows]).backward()
                     optimizer.step()
-                auc = roc(*(_logits(network, side) for side in choose)).auc
-                if auc > best:
-                    best, kept = auc, copy.deepcopy(network)
+                own, other = (_logits(network, side) for side in choose)
+                loss = nn.functional.softplus(-own).mean() + nn.functional.softplus(other).mean()
+                found = roc(own, other).auc, -float(loss)
+                if found > best:
+                    best, kept = found, copy.deepcopy(network)
         return kept
 
 
