@@ -1,5 +1,6 @@
 """Which setting of CPSample stops enough copies for the least loss of quality? A grid on seeds of its own."""
 
+import copy
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -126,7 +127,10 @@ class ProtectionCalibration(ProtectionChains):
         text = self._table(points, records) + "\n" + "\n".join(f"* {line}" for line in lines) + "\n"
         with atomic_write(folder / "calibration.md") as file:
             file.write(text)
-        settings = {word: {"class_path": CPSAMPLE, "init_args": self.points[name]} for word, name in chosen.items()}
+        settings = {
+            word: {"class_path": CPSAMPLE, "init_args": copy.deepcopy(self.points[name])}
+            for word, name in chosen.items()
+        }
         with atomic_write(folder / "calibrated.yaml") as file:
             head = (
                 f"# Picked on seeds {self.seeds} by the study of {self.config[0]}; random_label names the classifier.\n"

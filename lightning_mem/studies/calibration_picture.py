@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from matplotlib.figure import Figure
 
+from lightning_mem.attacks.protection_picture import MARKS
 from lightning_mem.evaluation.curves import COLORS
 
 if TYPE_CHECKING:
@@ -30,13 +31,18 @@ def draw_calibration(
         own = {key: value for key, value in grid.get(point.name, {"": point.name}).items() if key != "scale"}
         word = ", ".join(f"{key} {value}".strip() for key, value in own.items())
         families.setdefault(word, []).append(point)
+    places: list[tuple[float, float]] = []
+    alone = 0
     for place, (word, members) in enumerate(families.items()):
         color = COLORS[place % len(COLORS)]
         row = sorted(members, key=lambda point: float(grid.get(point.name, {}).get("scale", 0)))
         x = [float(point.frechet.value or 0.0) for point in row]
         y = [float(point.reduction.value or 0.0) for point in row]
-        style = "o-" if row[0].name in grid else "x"
-        axes.plot(x, y, style, color=color, ms=4, lw=1, label=word)
+        inside = row[0].name in grid
+        alone += not inside
+        color = color if inside else "#000000"
+        axes.plot(x, y, "o-" if inside else MARKS[alone % len(MARKS)], color=color, ms=4, lw=1, label=word)
+        places += zip(x, y, strict=True)
         for point, at, up in zip(row, x, y, strict=True):
             for record, line in ((point.frechet, ([0, 0], [up, up])), (point.reduction, ([at, at], [0, 0]))):
                 if record.low is None or record.high is None:
@@ -54,6 +60,10 @@ def draw_calibration(
     axes.set(xlabel="Fréchet distance to held-out images over that without protection",
              ylabel="times fewer copies", yscale="log")  # fmt: skip
     axes.axvline(1, color="#777777", lw=0.8, ls=":")
+    # an interval over few seeds is wide: the points decide what is seen, bars run out of the picture
+    (left, right), (low, high) = ((min(part), max(part)) for part in zip(*places, (1.0, 1.0), strict=True))
+    axes.set_xlim(left - 0.08 * (right - left) - 0.01, right + 0.08 * (right - left) + 0.01)
+    axes.set_ylim(low / 1.3, high * 1.6)
     axes.set_title("numbers: scale; bars: 95 % intervals over seeds", fontsize=9)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(fontsize=6.5, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
