@@ -106,9 +106,10 @@ def _cell(record: Record | None) -> str:
 
 def _floor(record: Record) -> str:
     about = record.definition
+    size = f" ({about['bank_size']})" if "bank_size" in about else ""  # targets trained otherwise differ in theirs
     return (
-        f"- Fréchet distance of {about['queries']} ({record.n}) to held-out images ({about['bank_size']}), "
-        f"{about['extractor']}: {_cell(record)}"
+        f"- Fréchet distance of {about['queries']} ({record.n}) to held-out images{size}, {about['extractor']}: "
+        f"{_cell(record)}"
     )
 
 

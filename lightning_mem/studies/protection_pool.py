@@ -73,6 +73,9 @@ def _one(own: Sequence[Record]) -> Record | None:
     ends = [(record.low, record.high) for record in own if record.low is not None and record.high is not None]
     whole = ends if len(ends) == len(own) else []
     about: dict[str, Any] = {"seeds": len(own)}
+    sizes = {record.definition.get("bank_size") for record in own}
+    if len(sizes) == 1 and None not in sizes:
+        about["bank_size"] = sizes.pop()
     if what.startswith(SHARES):
         mean, low, high = pooled_share(values, min(record.n for record in own))
         return pooled_record(own, mean, low, high, n, about)

@@ -52,6 +52,8 @@ def planted(ratios: dict[str, float], training: str = "plain", zs: dict[str, flo
         if protection != "none":
             value = distance / DISTANCE["none"]
             found.append(record("frechet_ratio", value, "ratio", (value / 1.05, value * 1.05), extractor="pixels"))
+    floor = {"training": training, "setting": "", "queries": "fresh images", "extractor": "pixels", "bank_size": 9}
+    found.append(Record("defense/floor/fresh", 0.1, 50, 12, None, None, "ema", definition=floor))
     return found
 
 
@@ -151,6 +153,7 @@ def test_the_table_is_written_with_a_row_an_arm(tmp_path: Path) -> None:
     text = (tmp_path / "protections.md").read_text()
     for word in ("none", "cpsample", "early_stop"):
         assert f"| unguided | {word} |" in text
+    assert "of fresh images (100) to held-out images (9), pixels: 0.1" in text
     assert (tmp_path / "frontier.png").stat().st_size > 1000
 
 
