@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_mem.evaluation import Banks, Number
+from lightning_mem.evaluation.comparison import BANKS
 from lightning_mem.evaluation.copies import FEWEST_IMAGES, NO_HELDOUT
 from lightning_mem.evaluation.numbers import JACKKNIFE, absent, share
 from lightning_mem.metrics import eidetic_count, jackknife_interval, normalized_l2
@@ -52,7 +53,7 @@ class Nearness:
         score, rms = normalized_l2(distances, alpha), distances[:, 0].double() / root
         equal = torch.full((len(samples), 2, 2), torch.inf, dtype=torch.float64)
         if banks.distinct("heldout") > 1:
-            for place, bank in enumerate(("members", "heldout")):
+            for place, bank in enumerate(BANKS):
                 rows = banks.rows(bank)
                 found = distances
                 if bank == "heldout" or len(rows) < len(banks.images(bank)):
@@ -151,7 +152,7 @@ def _precision(near: Nearness, banks: Banks, rule: Rule, cut: float, definition:
     if banks.distinct("heldout") < 2:
         return [absent(name, NO_HELDOUT, definition) for name in ("generations_equal", "precision")]
     hits = _below(near.equal[:, :, int(rule == "rms_l2")], rule, cut)
-    rows = {bank: len(banks.rows(bank)) for bank in ("members", "heldout")}  # type: ignore[arg-type]
+    rows = {bank: len(banks.rows(bank)) for bank in BANKS}
     own = {**definition, "bank_size": rows["members"]}
     numbers = [
         share("generations_equal", int(hits[:, 0].sum()), len(hits), own),

@@ -198,8 +198,9 @@ class NoiseNorm(AbstractAttack):
         def record(
             name: str, value: float, ends: tuple[float, float] | None, interval: str, n: int, unit: str = "fraction"
         ) -> Record:
+            low, high = ends or (None, None)
             return Record(
-                PREFIX + name, value, n, scene.step, *(ends or (None, None)), scene.target.weights,
+                PREFIX + name, value, n, scene.step, low, high, scene.target.weights,
                 self.drawing["seed"], unit, round(seconds, 3), {**about, "interval": interval},
                 config_digest=scene.config_digest, run=scene.home.name,
             )  # fmt: skip
