@@ -47,11 +47,15 @@ class ProtectionTable(ProtectionChains):
         return records
 
 
+SHOWN = ("z", "auc", "auc_folded", "tpr_at_0.01", "tpr_at_0.001")
+"""Numbers of the loss attack in the table."""
+
+
 def _membership(records: Sequence[Record]) -> str:
     """The loss attack in Markdown: one line a setting, protection and attacker."""
     rows: dict[tuple[str, ...], dict[str, Record]] = {}
     for record in records:
-        if record.name.startswith(LOSS):
+        if record.name.removeprefix(LOSS) in SHOWN:
             about = record.definition
             key = tuple(str(about.get(word, "")) for word in ("setting", "protection", "attacker", "t"))
             rows.setdefault(key, {})[record.name.removeprefix(LOSS)] = record

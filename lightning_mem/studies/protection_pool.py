@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from lightning_mem.attacks.protection_scores import OF_THE_ENDS, PREFIX, UNGUIDED, UNPROTECTED, copy_reduction
+from lightning_mem.attacks.protection_scores import PREFIX, UNGUIDED, UNPROTECTED, copy_reduction
 from lightning_mem.records import Record
 from lightning_mem.studies.base import Run
 from lightning_mem.studies.pooling import pooled_ratio, pooled_record, pooled_share, seeds_interval
@@ -15,6 +15,8 @@ LOSS = "attack/loss/"
 
 SHARES = ("ratio", "near_copies", "accepted", "ams/")
 """Starts of names of shares of independent samples; they have Wilson's interval over all samples too."""
+
+OF_POOLED = "ends of both pooled shares' intervals"
 
 INDEPENDENT = "log t over seeds, with both distances' own errors 95%"
 
@@ -166,7 +168,7 @@ def _reductions(found: Sequence[Record]) -> list[Record]:
             continue
         own_n = record.n // int(record.definition["seeds"])
         value, low, high = copy_reduction(_share(base), _share(record), own_n)
-        definition = {**record.definition, "base": base.value, "samples_of_an_arm": own_n, "interval": OF_THE_ENDS}
+        definition = {**record.definition, "base": base.value, "samples_of_an_arm": own_n, "interval": OF_POOLED}
         name = f"{PREFIX}{protection}/copy_reduction"
         reductions.append(
             replace(record, name=name, value=value, low=low, high=high, unit="ratio", definition=definition)
