@@ -11,7 +11,7 @@ from rich.table import Table
 from lightning_mem.data.datamodule import BLOCK
 from lightning_mem.diffusion import Sampler, ScoreTerm, Target
 from lightning_mem.diffusion.additions import Judge
-from lightning_mem.evaluation import Accepted, Reference, Workers
+from lightning_mem.evaluation import Accepted, Number, Reference, Workers
 from lightning_mem.evaluation.rejection import rejection_into, rejection_settings
 from lightning_mem.evaluation.table import records_table
 from lightning_mem.records import Record
@@ -127,6 +127,22 @@ class Scene:
         return rejection_into(
             self.folder / "samples" / f"{name}.npz", first, self.target, judge, seed=seed, max_tries=max_tries,
             guidance=guidance, workers=self.workers, on_the_first=self.first, **options,
+        )  # fmt: skip
+
+    def record(self, prefix: str, number: Number, *, seed: int, data_digest: str = "", seconds: float = 0.0) -> Record:
+        """A number of this attack as it is recorded, with the target's step, weights and run.
+
+        Args:
+            prefix: Put before its name, such as ``attack/loss/``.
+            number: What was measured.
+            seed: Of the draw.
+            data_digest: Of the images that it was measured against.
+            seconds: What measuring took.
+        """
+        low, high = (None, None) if number.interval is None else map(float, number.interval)
+        return Record(
+            prefix + number.name, number.value, number.n, self.step, low, high, self.target.weights, seed, number.unit,
+            round(seconds, 3), number.definition, data_digest, self.config_digest, self.home.name,
         )  # fmt: skip
 
     def reference(self) -> Reference:

@@ -151,9 +151,5 @@ class Extraction(AbstractAttack):
     def _record(self, number: Number, scene: Scene, seconds: float) -> Record:
         reference = scene.reference()
         heldout = number.definition.get("bank") == "heldout"
-        low, high = (None, None) if number.interval is None else map(float, number.interval)
-        return Record(
-            PREFIX + number.name, number.value, number.n, scene.step, low, high, scene.target.weights,
-            self.drawing["seed"], number.unit, round(seconds, 3), number.definition,
-            reference.heldout_digest if heldout else reference.members_digest, scene.config_digest, scene.home.name,
-        )  # fmt: skip
+        digest_of = reference.heldout_digest if heldout else reference.members_digest
+        return scene.record(PREFIX, number, seed=self.drawing["seed"], data_digest=digest_of, seconds=seconds)

@@ -162,15 +162,13 @@ class PromptedExtraction(AbstractAttack):
                 draw_found(scene.folder / "images" / "flagged.png", shown, banks.get("members"))
 
         scene.first(write)
-        seconds = round(time.perf_counter() - start, 3)
+        seconds = time.perf_counter() - start
         return [
-            Record(
-                PREFIX + n.name, n.value, n.n, scene.step, *(n.interval or (None, None)), target.weights, self.seed,
-                n.unit, seconds, n.definition, digests[n.definition.get("bank", "members")], scene.config_digest,
-                scene.home.name,
+            scene.record(
+                PREFIX, n, seed=self.seed, data_digest=digests[n.definition.get("bank", "members")], seconds=seconds
             )
             for n in numbers
-        ]  # fmt: skip
+        ]
 
     def _prompt(self, scene: Scene, target: Target, prompt: str, kind: str) -> Verdict:
         """What one prompt gives; read from its file where it is there."""
