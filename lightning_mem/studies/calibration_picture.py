@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 
 from lightning_mem.attacks.protection_picture import MARKS
 from lightning_mem.evaluation.curves import COLORS
+from lightning_mem.records import Record
 
 if TYPE_CHECKING:
     from lightning_mem.studies.calibration import Point
@@ -44,12 +45,10 @@ def draw_calibration(
         axes.plot(x, y, "o-" if inside else MARKS[alone % len(MARKS)], color=color, ms=4, lw=1, label=word)
         places += zip(x, y, strict=True)
         for point, at, up in zip(row, x, y, strict=True):
-            for record, line in ((point.frechet, ([0, 0], [up, up])), (point.reduction, ([at, at], [0, 0]))):
-                if record.low is None or record.high is None:
-                    continue
-                ends = [record.low, record.high]
-                axes.plot(ends if line[0] == [0, 0] else line[0], line[1] if line[0] == [0, 0] else ends, color=color,
-                          lw=0.5, alpha=0.5)  # fmt: skip
+            bars = ((_ends(point.frechet), [up, up]), ([at, at], _ends(point.reduction)))
+            for across, along in bars:
+                if across and along:
+                    axes.plot(across, along, color=color, lw=0.5, alpha=0.5)
             if "scale" in grid.get(point.name, {}):
                 axes.annotate(f"{grid[point.name]['scale']:g}", (at, up), fontsize=6, xytext=(3, 3),
                               textcoords="offset points")  # fmt: skip
@@ -69,3 +68,8 @@ def draw_calibration(
     axes.legend(fontsize=6.5, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
+
+
+def _ends(record: Record) -> list[float]:
+    """The ends of its interval; empty where it has none."""
+    return [] if record.low is None or record.high is None else [record.low, record.high]
