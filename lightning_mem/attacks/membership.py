@@ -256,11 +256,7 @@ class AbstractMembership(AbstractAttack):
 
     def record(self, number: Number, scene: Scene, data_digest: str, seconds: float) -> Record:
         """A number as it is recorded."""
-        return Record(
-            self.prefix + number.name, number.value, number.n, scene.step, *(number.interval or (None, None)),
-            scene.target.weights, self.seed, number.unit, seconds, number.definition, data_digest,
-            scene.config_digest, scene.home.name,
-        )  # fmt: skip
+        return scene.record(self.prefix, number, seed=self.seed, data_digest=data_digest, seconds=seconds)
 
     def write(self, scene: Scene, reference: Reference, told: Told) -> None:
         """``tables/membership.csv``."""
