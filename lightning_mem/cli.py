@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 from jsonargparse import ActionConfigFile
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
@@ -85,7 +85,22 @@ def _conditioning(
 
 
 class MemorizationCLI(LightningCLI):
-    """LightningCLI with the model by class_path and the one data module by plain keys."""
+    """LightningCLI with the model by class_path and the one data module by plain keys.
+
+    Where the command line begins with a verb, only this verb's options are put together; the others are known by name.
+    """
+
+    def __init__(self, model: type[LightningModule], data: type[LightningDataModule], **settings: Any) -> None:
+        words = sys.argv[1:] if settings.get("args") is None else settings["args"]
+        verbs = {*self.subcommands(), *FOLDER_VERBS}
+        self._asked = words[0] if isinstance(words, list) and words and words[0] in verbs else None
+        super().__init__(model, data, **settings)
+
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        """Complete for the verb that was asked for, or for all where that is not clear."""
+        if self._asked in (None, subcommand):
+            return super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        return self.init_parser(**kwargs)
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -145,7 +160,7 @@ class MemorizationCLI(LightningCLI):
         Raises:
             ValueError: If the verb would refuse them; with its message.
         """
-        parser = self._parser(verb)
+        parser = self._complete(verb)
         parser.exit_on_error = False
         try:
             found = parser.parse_args(list(options))
@@ -154,6 +169,14 @@ class MemorizationCLI(LightningCLI):
         finally:
             parser.exit_on_error = True
         return yaml.safe_load(parser.dump(found, skip_unset=False))
+
+    def _complete(self, verb: str) -> LightningArgumentParser:
+        """A verb's parser with all its options, put together once."""
+        if verb not in self._subcommand_method_arguments:
+            description = self._parser(verb).description
+            found = super()._prepare_subcommand_parser(MemorizationTrainer, verb, description=description)
+            self._subcommand_parsers[verb] = found
+        return self._parser(verb)
 
     def after_instantiate_classes(self) -> None:
         """What decides the numbers: model, data and seed; not the folder, nor how long it trains."""
