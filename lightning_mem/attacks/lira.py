@@ -150,25 +150,31 @@ class LiRA(AbstractMembership):
     def scores(
         self, target: Target, images: Sides, arms: Mapping[str, Sequence[ScoreTerm]], workers: Workers
     ) -> dict[str, Sides]:
-        """Of all images; see :class:`AbstractMembership`."""
+        """Of all images, whose deviations are pooled over both sides; see :class:`AbstractMembership`."""
         own = frozenset(image_digest(image) for image in images[0].numpy())
         self._shadows = [shadow for shadow in self._shadows or self.read_shadows() if shadow.digests != own]
-        return super().scores(target, images, arms, workers)
+        names = "members", "heldout"
+        targets = [target, *(shadow.target for shadow in self._shadows)]
+        losses = torch.cat(
+            [
+                torch.stack([self.side_errors(of, side, arms, name, workers)["none"] for of in targets])
+                for side, name in zip(images, names, strict=True)
+            ],
+            1,
+        )
+        digests = [image_digest(image) for side in images for image in side.numpy()]
+        trained_with = torch.tensor([[one in shadow.digests for one in digests] for shadow in self._shadows])
+        counts = [len(side) for side in images]
+        self._plain = dict(zip(names, (-losses[0]).split(counts), strict=True))
+        ratios = likelihood_ratios(losses[0], losses[1:], trained_with, self.mode, self.variance)
+        members, heldout = ratios.split(counts)
+        return {"none": (members, heldout)}
 
     def side_errors(
         self, target: Target, images: Tensor, arms: Mapping[str, Sequence[ScoreTerm]], name: str, workers: Workers
     ) -> dict[str, Tensor]:
-        """Minus the scores; see :class:`AbstractMembership`."""
-
-        def losses(of: Target) -> Tensor:
-            return self.loss.side_errors(of, images, arms, name, workers)["none"]
-
-        digests = [image_digest(image) for image in images.numpy()]
-        trained_with = torch.tensor([[own in shadow.digests for own in digests] for shadow in self._shadows])
-        asked = losses(target)
-        known = torch.stack([losses(shadow.target) for shadow in self._shadows])
-        self._plain[name] = -asked
-        return {"none": -likelihood_ratios(asked, known, trained_with, self.mode, self.variance)}
+        """The losses of one model, target or shadow; see :class:`AbstractMembership`."""
+        return self.loss.side_errors(target, images, arms, name, workers)
 
     def extra_numbers(self, told: Told, p_value: float) -> list[Number]:
         """With the gain over the plain losses at low false positive rates; see :class:`AbstractMembership`."""

@@ -14,9 +14,12 @@ from victim import patterns, scene_of, write_target
 
 from lightning_mem.attacks import LiRA, LossAttack, likelihood_ratios
 from lightning_mem.attacks.lira import Shadow
+from lightning_mem.attacks.loss_scores import reconstruction_losses
 from lightning_mem.data.split import image_digest
 from lightning_mem.diffusion import DiffusionProcess, EmpiricalDenoiser
+from lightning_mem.evaluation import Workers
 from lightning_mem.metrics import roc
+from lightning_mem.modules import load_target
 
 POOL = patterns(48)
 
@@ -106,10 +109,14 @@ def test_closed_form_shadows_give_the_members_away_and_the_target_is_not_among_t
     lira = records["attack/lira/tpr_at_0.01", "fixed"].value
     assert gain.value == pytest.approx((lira or 0) - roc(own[:, 0], other[:, 0]).tpr_at(0.01))
     assert gain.definition["against"] == "loss"
-    # another's members are nobody's here: what the shadows know is not the target's membership
-    stranger = EmpiricalDenoiser(POOL[half(200)], DiffusionProcess("linear")).target()
+    # a coin dealt the pool out to sides, and the target saw neither: shadows know no more than the coin
     attack.splits = [half(seed) for seed in range(8)]
     attack._shadows = []
+    nobody = EmpiricalDenoiser(patterns(24, 9), DiffusionProcess("linear")).target()
+    coin = attack.scores(nobody, (POOL[mine], POOL[rest]), {"none": ()}, scene.workers)["none"]
+    assert abs(roc(coin[0][:, 0], coin[1][:, 0]).auc - 0.5) < 3 * math.sqrt((24 + 24 + 1) / (12 * 24 * 24))
+    # another's members are nobody's here: what the shadows know is not the target's membership
+    stranger = EmpiricalDenoiser(POOL[half(200)], DiffusionProcess("linear")).target()
     told = attack.scores(stranger, (POOL[mine], POOL[rest]), {"none": ()}, scene.workers)["none"]
     in_stranger = [torch.isin(side, half(200)) for side in (mine, rest)]
     scores, truth = torch.cat(told)[:, 0], torch.cat(in_stranger)
@@ -117,15 +124,31 @@ def test_closed_form_shadows_give_the_members_away_and_the_target_is_not_among_t
 
 
 def test_shadows_are_run_folders_that_say_their_images() -> None:
-    for place, seed in ((Path("one"), 1), (Path("two"), 2), (Path("victim"), 3)):
-        write_target(place, seed)
-    members = {"one": POOL[:20], "two": POOL[10:40]}
-    for name, own in members.items():
-        content = {"members": {"digests": sorted(digests(own))}}
+    images = POOL[:20]
+    members = {"one": torch.arange(20) < 10, "two": torch.arange(20) >= 10, "three": torch.arange(20) % 2 == 0}
+    for seed, (name, own) in enumerate(members.items()):
+        write_target(Path(name), seed)
+        content = {"members": {"digests": sorted(digests(images[own]))}}
         Path(name, "members.json").write_text(json.dumps(content))
-    found = LiRA(["one", "two"]).read_shadows()
-    assert [shadow.digests for shadow in found] == [digests(own) for own in members.values()]
-    assert found[0].target.digest != found[1].target.digest
+    target = load_target(write_target(Path("victim"), 3))
+    attack = LiRA(list(members), num_draws=1, timesteps=[20], curve=[60], noise_seed=0)
+    found = attack.read_shadows()
+    assert [shadow.digests for shadow in found] == [digests(images[own]) for own in members.values()]
+    assert len({shadow.target.digest for shadow in found}) == 3
+    told = attack.scores(target, (images[:8], images[8:]), {"none": ()}, Workers())["none"]
+    losses = [
+        [
+            reconstruction_losses(load_target(folder), images[part], [20, 60], {"none": ()}, name=name)["none"]
+            for name, part in (("members", slice(8)), ("heldout", slice(8, 20)))
+        ]
+        for folder in ("victim", *members)
+    ]
+    whole = torch.stack([torch.cat(sides) for sides in losses])
+    expected = likelihood_ratios(whole[0], whole[1:], torch.stack(list(members.values())))  # pooled over both sides
+    torch.testing.assert_close(torch.cat(told), expected)
+    late = attack.at([60]).scores(target, (images[:8], images[8:]), {"none": ()}, Workers())["none"]
+    assert all(torch.equal(one, side[:, 1:]) for one, side in zip(late, told, strict=True))
+    assert attack.loss.times == [20, 60]
     with pytest.raises(ValueError, match=r"victim has no members.json: a shadow is the run folder"):
         LiRA(["one", "victim"]).read_shadows()
 
