@@ -16,6 +16,9 @@ from lightning_mem.metrics import roc, wilson_interval
 Sides = tuple[Tensor, Tensor]
 """Of the members and of the held-out images."""
 
+AT_ONCE = 10**6
+"""Images that a bootstrap draws at once."""
+
 
 def told_images(reference: Reference, attack: str) -> Sides:
     """Members and held-out images that are told apart, uint8; each image once where mirror images count too.
@@ -149,10 +152,12 @@ def paired_gain(first: Sides, second: Sides, rate: float, draw: torch.Generator,
         return rates[0] - rates[1]
 
     value = float(gains(torch.arange(m)[None], torch.arange(n)[None]))
+    at_once = max(1, AT_ONCE // (m + n))
+    counts = [min(at_once, resamples - start) for start in range(0, resamples, at_once)]
     drawn = torch.cat(
         [
-            gains(torch.randint(m, (1, m), generator=draw), torch.randint(n, (1, n), generator=draw))
-            for _ in range(resamples)
+            gains(torch.randint(m, (count, m), generator=draw), torch.randint(n, (count, n), generator=draw))
+            for count in counts
         ]
     )
     low, high = drawn.quantile(torch.tensor([0.025, 0.975]).double()).tolist()
