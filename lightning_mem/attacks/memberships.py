@@ -60,7 +60,9 @@ class Memberships(AbstractAttack):
                 column = attack.name if arm == "none" else f"{attack.name}_{arm}"
                 columns[column], times[column] = sides, told.times
         if self.checkpoints is not None:
-            records += self._along(scene, images, reference.members_digest)
+            known = {record.identity for record in records}  # the attacked checkpoint may be one of them
+            along = self._along(scene, images, reference.members_digest)
+            records += [record for record in along if record.identity not in known]
         scene.first(lambda: write_images(scene, reference, columns, times))
         return records
 

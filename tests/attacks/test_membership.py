@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
-from sklearn.metrics import balanced_accuracy_score
+from sklearn.metrics import balanced_accuracy_score, roc_auc_score
 from torch import Tensor
-from victim import patterns, scene_of
+from victim import patterns, scene_of, write_target
 
 from lightning_mem.attacks import PIA, AbstractMembership, LossAttack, Memberships, SecMI
 from lightning_mem.attacks.loss_scores import calibrated_verdict, halves
@@ -27,6 +27,8 @@ from lightning_mem.attacks.membership_scores import (
 from lightning_mem.diffusion import DiffusionProcess, EmpiricalDenoiser, Target
 from lightning_mem.evaluation import Workers
 from lightning_mem.metrics import roc
+from lightning_mem.modules import load_target
+from lightning_mem.modules.base import META
 from lightning_mem.records import Record
 
 MEMBERS, HELDOUT = patterns(30), patterns(40, 1)
@@ -187,6 +189,48 @@ def test_every_image_stands_in_the_table_beside_what_the_ledger_says_of_it() -> 
     assert roc(*sides).auc == told.value
     alone = {r.identity: r.value for r in run(PIA(timesteps=[200], noise_seed=0)) if "seconds" not in r.name}
     assert alone == {r.identity: r.value for r in found if r.name.startswith("attack/pia/") and "seconds" not in r.name}
+
+
+def checkpoint(name: str, step: int, seed: int) -> Path:
+    """A file of the run folder ``home`` as training leaves it after ``step`` steps."""
+    Path(write_target(Path(f"{name} of {seed}"), seed))
+    content = torch.load(f"{name} of {seed}/checkpoints/last.ckpt", weights_only=False)
+    content[META]["step"] = step
+    place = Path("home/checkpoints") / name
+    place.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(content, place)
+    return place
+
+
+def test_the_curve_follows_the_checkpoints_each_asked_at_its_own_weights() -> None:
+    files = {3: checkpoint("step3.ckpt", 3, 1), 7: checkpoint("step7.ckpt", 7, 2)}
+    checkpoint("other.ckpt", 5, 3)
+    attacks = [LossAttack(timesteps=[20], curve=[40, 60], noise_seed=0), PIA(timesteps=[30], noise_seed=0)]
+    members, heldout = MEMBERS[:9], HELDOUT[:11]
+    scene = replace(scene_of(load_target(files[7]), members, heldout), step=7)
+    found = Memberships(attacks, "checkpoints/step*.ckpt").run(scene)
+    assert len({record.identity for record in found}) == len(found)  # step 7 was attacked itself, too
+    curves = {(r.name, r.step, r.definition["t"]): r.value for r in found if r.name.endswith("/auc_curve")}
+    expected = {}
+    for step, file in files.items():
+        target = load_target(file)
+        for attack, times in (
+            (LossAttack(timesteps=[40, 60], noise_seed=0), [40, 60]), (PIA(timesteps=[30], noise_seed=0), [30]),
+        ):  # fmt: skip
+            own, other = attack.scores(target, (members, heldout), {"none": ()}, Workers())["none"]
+            labels = [1] * 9 + [0] * 11
+            for place, t in enumerate(times):
+                auc = roc_auc_score(labels, torch.cat([own, other])[:, place])
+                expected[f"attack/{attack.name}/auc_curve", step, t] = pytest.approx(auc, abs=1e-12)
+    assert curves == expected
+    assert {r.step for r in found if not r.name.endswith("/auc_curve")} == {7}
+
+
+def test_an_attack_at_other_timesteps_leaves_the_first_as_it_was() -> None:
+    attack = LossAttack(timesteps=[100], candidates=[50, 100], curve=[10], noise_seed=0)
+    other = attack.at([20, 300])
+    assert (other.times, other.timesteps, other.candidates, other.curve) == ([20, 300], [20, 300], [20, 300], [])
+    assert attack.times == [10, 50, 100]
 
 
 def test_overlap_and_kinds_are_noticed() -> None:
