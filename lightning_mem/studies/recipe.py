@@ -28,8 +28,9 @@ LOOKING_ON = {"Gallery", "ModelCheckpoint", "RichProgressBar", "TQDMProgressBar"
 
 SURROGATE = "SurrogateModule"
 
-PARENTS = {"target", "surrogate", "time_independent", "random_label"}
-"""Keys whose value is the folder of a run that this one builds on: it counts by what made it, not by its place."""
+PARENTS = {"target", "surrogate", "time_independent", "random_label", "shadows"}
+"""Keys whose value is the folder of a run that this one builds on, or a list of them: a run counts by what made it, not
+by its place."""
 
 OF_THE_PROCESS = {"config", "out", "trainer", "weights_only"}
 """Settings of an attack that say where it happens; its Trainer names the run folder of its target, a parent."""
@@ -71,10 +72,17 @@ def _identified(settings: Any, identify: Callable[[str], str]) -> Any:
     """Nested settings with what stands for parents in place of their folders."""
     if isinstance(settings, Mapping):
         return {
-            key: identify(value) if key in PARENTS and isinstance(value, str) else _identified(value, identify)
+            key: _parent(value, identify) if key in PARENTS else _identified(value, identify)
             for key, value in settings.items()
         }
     return [_identified(value, identify) for value in settings] if isinstance(settings, list) else settings
+
+
+def _parent(value: Any, identify: Callable[[str], str]) -> Any:
+    """What stands for one folder, or for each of a list; other values as they are, with the parents within."""
+    if isinstance(value, list):
+        return [_parent(part, identify) for part in value]
+    return identify(value) if isinstance(value, str) else _identified(value, identify)
 
 
 def parents_of(config: Mapping[str, Any]) -> list[str]:

@@ -12,6 +12,7 @@ from tiny_study import TINY
 from lightning_mem.data.plan import Row
 from lightning_mem.records import Record
 from lightning_mem.studies import MembershipStudy, Run
+from lightning_mem.studies.recipe import deciding, parents_of
 
 
 def files() -> dict[str, str]:
@@ -51,6 +52,17 @@ def test_shadows_are_trained_on_splits_of_their_own_and_named_to_the_attack() ->
     found = own.settings(attack, "runs", {"target_8_seed4": Path("elsewhere")})
     assert (found["trainer"]["default_root_dir"], found["seed_everything"]) == ("elsewhere", 4)
     assert "attack" not in found
+
+
+def test_lira_counts_by_what_made_its_shadows_wherever_they_lie() -> None:
+    def config(*shadows: str) -> dict[str, Any]:
+        attack = {"class_path": "LiRA", "init_args": {"shadows": list(shadows), "mode": "online"}}
+        return {"seed_everything": 0, "model": {}, "data": {}, "trainer": {"default_root_dir": "t"}, "attack": attack}
+
+    made_by = {"t": "target", "a/one": "recipe 1", "b/one": "recipe 1", "a/two": "recipe 2"}.__getitem__
+    assert parents_of(config("a/one", "a/two")) == ["a/one", "a/two", "t"]
+    assert deciding(config("a/one", "a/two"), made_by) == deciding(config("b/one", "a/two"), made_by)
+    assert deciding(config("a/one"), made_by) != deciding(config("a/two"), made_by)
 
 
 def record(name: str, value: float, step: int = 9, unit: str = "fraction", **definition: Any) -> Record:
