@@ -1,6 +1,7 @@
 """SecMI, PIA and the gradient norm by hand in float64, and what is told of a small trained network."""
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -151,9 +152,32 @@ def test_the_gradient_norm_tells_the_members_of_a_trained_network(trained: tuple
     attack = GradientNorm(noise_seed=0)
     own, other = attack.scores(target, (members, heldout), {"none": ()}, Workers())["none"]
     assert roc(own[:, 0], other[:, 0]).auc > 0.99
+    # a coin that named some of the images it never saw members is not told
+    coin, tail = attack.scores(target, (patterns(40, 6), heldout), {"none": ()}, Workers())["none"]
+    assert abs(roc(coin[:, 0], tail[:, 0]).auc - 0.5) < 3 * math.sqrt((40 + 50 + 1) / (12 * 40 * 50))
     closed = EmpiricalDenoiser(members, target.process).target()
     with pytest.raises(ValueError, match="a closed form has no parameters"):
         attack.side_errors(closed, members, {"none": ()}, "members", Workers())
+
+
+class Dealt(Workers):
+    """Blocks of 16, in order or as two processes might take them: the last first, and one of them twice."""
+
+    turned = False
+
+    def in_blocks(
+        self, count: int, compute: Callable[[Tensor], Tensor], block: int = 16, label: str | None = None
+    ) -> Tensor:
+        blocks = torch.arange(-(-count // 16) * 16).clamp(max=count - 1).split(16)
+        if self.turned:
+            compute(blocks[0])
+        order = range(len(blocks))[:: -1 if self.turned else 1]
+        found = {place: compute(blocks[place]) for place in order}
+        return torch.cat([found[place] for place in range(len(blocks))])[:count]
+
+
+class Turned(Dealt):
+    turned = True
 
 
 def test_secmis_network_learns_from_some_images_and_is_told_on_others(trained: tuple[Target, Tensor, Tensor]) -> None:
@@ -162,7 +186,7 @@ def test_secmis_network_learns_from_some_images_and_is_told_on_others(trained: t
     options = {"share": 0.4, "epochs": 6, "learning_rate": 0.05, "batch_size": 16, "network": small}
     attack = SecMINetwork(**options, timesteps=[100], noise_seed=0)  # type: ignore[arg-type]
     scene = scene_of(target, members, heldout)
-    told = attack.tell(target, (members, heldout), Workers())
+    told = attack.tell(target, (members, heldout), Dealt())
     for side, count, name in zip(told.scores["none"], (40, 50), ("members", "heldout"), strict=True):
         train, choose = attack.learned_rows(count, name)
         assert (len(train), len(choose)) == (12, 4) if count == 40 else (15, 5)
@@ -170,8 +194,8 @@ def test_secmis_network_learns_from_some_images_and_is_told_on_others(trained: t
     own, other = told.tested("none")
     assert (len(own), len(other)) == (24, 30)
     assert roc(own[:, 0], other[:, 0]).auc > 0.9
-    again = attack.tell(target, (members, heldout), Workers()).tested("none")
-    assert torch.equal(again[0], own)  # no draw from the global generator
+    again = attack.tell(target, (members, heldout), Turned()).tested("none")
+    assert torch.equal(again[0], own)  # no draw from the global generator, none that goes on from block to block
     record = next(r for r in attack.run(scene) if r.name.endswith("/auc"))
     assert record.definition["num_members"] == 24
     with pytest.raises(ValueError, match="at least 20 images of either side, got 40 members and 19"):
