@@ -36,7 +36,8 @@ class MembershipStudy(AbstractStudy):
             (``lightning_mem.data.PoolSource``), and half of it as members and as held-out images.
         shadow: Files of ``fit`` laid over both for the shadows: what is watched less closely.
         lira: Files of ``attack`` for the pool's target (``lightning_mem.attacks.LiRA``, shadows left empty).
-        shadows: Shadow models of a pool; 0 for no LiRA.
+        shadows: Shadow models of a pool; 0 for no LiRA, which refuses an image that all or none were trained with: 16
+            leave such an image in 3 of 100 pools of 1,024, 12 in 39.
         seeds: Each decides targets and attacks; at least 3 for intervals over seeds.
         lira_seeds: Seeds that have a pool; null for the first seed alone.
         overrides: Further settings of ``fit`` for every row.
