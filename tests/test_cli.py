@@ -43,6 +43,17 @@ def test_docstrings_are_the_manual(capsys: pytest.CaptureFixture) -> None:
     assert "continues this run folder exactly where it stopped" in shown
 
 
+def test_a_verb_behind_a_file_of_settings_is_as_complete_as_one_in_front(capsys: pytest.CaptureFixture) -> None:
+    Path("all.yaml").write_text("fit:\n  data:\n    num_members: 7\n")
+    shown = []
+    for words in (["fit", "--data.num_members", "7"], ["--config", "all.yaml", "fit"]):
+        with pytest.raises(SystemExit):
+            cli_main([*words, "--print_config"])
+        shown.append(yaml.safe_load(capsys.readouterr().out))
+    assert shown[0]["data"]["num_members"] == 7
+    assert shown[0] == shown[1]
+
+
 def test_sizes_are_said_once(fit) -> None:
     run = fit("run", "--trainer.max_steps", "1", "--data.image_size", "16", "--data.channels", "3")
     saved = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["lightning_mem"]
@@ -50,6 +61,7 @@ def test_sizes_are_said_once(fit) -> None:
     assert yaml.safe_load((run / "config.yaml").read_text())["data"]["image_size"] == 16
 
 
+@pytest.mark.usefixtures("no_curves")
 @pytest.mark.parametrize(
     ("labels", "classes", "options"),
     [("random", 3, ["--data.num_classes", "3"]), ("unique", 20, []), ("binary", 2, []), ("true", 10, [])],
@@ -63,6 +75,7 @@ def test_labels_condition_the_network(fit, labels: str, classes: int, options: l
     assert 0 <= int(samples.labels.min()) <= int(samples.labels.max()) < classes
 
 
+@pytest.mark.usefixtures("no_curves")
 def test_every_verb_takes_the_saved_configuration(fit) -> None:
     run = fit("run")
     before = (run / "metrics.csv").read_text()
@@ -78,6 +91,7 @@ def test_every_verb_takes_the_saved_configuration(fit) -> None:
     assert (run / "metrics.csv").read_text() == before
 
 
+@pytest.mark.usefixtures("no_curves")
 def test_sampling_continues_where_it_stopped(fit, monkeypatch: pytest.MonkeyPatch) -> None:
     from lightning_mem.evaluation import blocks
 
@@ -206,6 +220,7 @@ def test_validate_without_a_trained_network_is_refused(fit) -> None:
         fit("empty", verb="validate")
 
 
+@pytest.mark.usefixtures("no_curves")
 def test_loss_that_is_not_finite_stops_with_step_and_checkpoint(fit, monkeypatch: pytest.MonkeyPatch) -> None:
     from lightning_mem.modules import DenoiserModule
 
@@ -221,6 +236,7 @@ def test_loss_that_is_not_finite_stops_with_step_and_checkpoint(fit, monkeypatch
     assert torch.load("run/checkpoints/last.ckpt", weights_only=True)["global_step"] == 5
 
 
+@pytest.mark.usefixtures("no_curves")
 def test_full_disk_leaves_the_previous_checkpoint(fit, monkeypatch: pytest.MonkeyPatch) -> None:
     from lightning_mem.callbacks import run_folder
 

@@ -252,6 +252,7 @@ def test_every_run_trains_under_the_debug_overlay(file: Path, tmp_path: Path) ->
     assert [row["step"] for row in rows if row["memorization/ratio"]] == ["2", "4"]
     assert (folder / "checkpoints" / "best.ckpt").is_file()
     assert (folder / "images" / "pairs_step000004.png").is_file()
+    assert (folder / "images" / "curves.png").stat().st_size > 5000
     assert json.loads((folder / "summary.json").read_text())["step"] == 4
 
 

@@ -15,6 +15,8 @@ from lightning_mem.callbacks.run_folder import canonical_progress
 from lightning_mem.cli import run
 from lightning_mem.records import TIME_FIELDS
 
+pytestmark = pytest.mark.usefixtures("no_curves")
+
 TINY = Path(__file__).parent / "tiny.yaml"
 
 

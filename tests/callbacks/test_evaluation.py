@@ -18,6 +18,8 @@ from lightning_mem.networks import UNetConfig
 from lightning_mem.records import read_records
 from lightning_mem.trainer import MemorizationTrainer
 
+pytestmark = pytest.mark.usefixtures("no_curves")
+
 
 @pytest.fixture(scope="module")
 def data() -> MemorizationDataModule:

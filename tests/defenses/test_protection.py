@@ -36,6 +36,8 @@ from lightning_mem.records import read_records
 from lightning_mem.trainer import MemorizationTrainer
 from lightning_mem.types import SampleSet
 
+pytestmark = pytest.mark.usefixtures("no_curves")
+
 MODEL: Any = LightningModule()
 """Verbs take the network from the checkpoint."""
 

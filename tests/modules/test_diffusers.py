@@ -14,6 +14,8 @@ from lightning_mem.modules import DenoiserModule, load_target
 from lightning_mem.randomness import generator
 from lightning_mem.records import read_records
 
+pytestmark = pytest.mark.usefixtures("no_curves")
+
 
 @pytest.fixture
 def exported(fit) -> tuple[Path, Path]:

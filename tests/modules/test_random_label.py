@@ -21,6 +21,8 @@ from lightning_mem.records import read_records
 from lightning_mem.trainer import MemorizationTrainer
 from lightning_mem.types import SampleSet, to_uint8
 
+pytestmark = pytest.mark.usefixtures("no_curves")
+
 TINY_RANDOM_LABEL = Path(__file__).parent.parent / "tiny_random_label.yaml"
 SMALL = ClassifierConfig(widths=(8,), blocks=(2,))
 

@@ -22,6 +22,8 @@ from lightning_mem.randomness import generator
 from lightning_mem.records import read_records
 from lightning_mem.trainer import MemorizationTrainer
 
+pytestmark = pytest.mark.usefixtures("no_curves")
+
 TINY_SURROGATE = Path(__file__).parent.parent / "tiny_surrogate.yaml"
 SMALL = ClassifierConfig(widths=(8,), blocks=(2,))
 
