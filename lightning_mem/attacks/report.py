@@ -12,6 +12,10 @@ from lightning_mem.records import Record, atomic_write
 from lightning_mem.types import SampleSet
 
 
+ROOM = 8
+"""Entries of a legend that have room in a picture; more stand beside it."""
+
+
 def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     """Write rows with equal keys as CSV; nothing where there are none."""
     rows = list(rows)
@@ -48,7 +52,9 @@ def finish(figure: Figure, path: Path) -> None:
     """Legends, no boxes, and the file."""
     for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(fontsize=7, frameon=False)
+        entries = len(axes.get_legend_handles_labels()[0])
+        beside = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5)} if entries > ROOM else {}
+        if entries:
+            axes.legend(fontsize=7, frameon=False, **beside)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
