@@ -11,7 +11,6 @@ from lightning_mem.evaluation import Measurement, Reference
 from lightning_mem.records import Record, atomic_write
 from lightning_mem.types import SampleSet
 
-
 ROOM = 8
 """Entries of a legend that have room in a picture; more stand beside it."""
 
