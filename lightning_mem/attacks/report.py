@@ -52,8 +52,9 @@ def finish(figure: Figure, path: Path) -> None:
     for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
         entries = len(axes.get_legend_handles_labels()[0])
-        beside = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5)} if entries > ROOM else {}
-        if entries:
-            axes.legend(fontsize=7, frameon=False, **beside)
+        if entries > ROOM:
+            axes.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+        elif entries:
+            axes.legend(fontsize=7, frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
