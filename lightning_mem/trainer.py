@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint, ProgressBar, TQDMProgressBar, WeightAveraging
+from lightning.pytorch.callbacks import Checkpoint, ProgressBar, WeightAveraging
 from lightning.pytorch.plugins import CheckpointIO
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from rich.console import Console
@@ -17,6 +17,7 @@ from lightning_mem.attacks import AbstractAttack, Scene
 from lightning_mem.callbacks import Curves, Ledger, MetricsCSV, RunFolder, RunSummary, WandbTracking
 from lightning_mem.callbacks.drawing import Blocks, BlockWriter, Drawer
 from lightning_mem.callbacks.evaluation import workers_of
+from lightning_mem.callbacks.progress_bar import RunProgressBar
 from lightning_mem.callbacks.run_folder import AtomicCheckpointIO, ResumableFitLoop, holds_a_run
 from lightning_mem.data import MemorizationDataModule
 from lightning_mem.data.datamodule import BLOCK
@@ -399,13 +400,3 @@ class MemorizationTrainer(Trainer):
         if self.is_global_zero:
             work()
         self.strategy.barrier("first")
-
-
-class RunProgressBar(TQDMProgressBar):
-    """Lightning's bar over optimizer steps, without the number of a version that run folders do not have."""
-
-    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
-        """Loss, memorization ratio and its control."""
-        found = super().get_metrics(trainer, pl_module)
-        found.pop("v_num", None)
-        return found
