@@ -1,12 +1,15 @@
 """Models go to diffusers and come back as they were, and training starts from them at their quality."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import DDIMPipeline
 
+from lightning_mem.cli import run
 from lightning_mem.data import MemorizationDataModule
 from lightning_mem.diffusion import sample, sample_x0
 from lightning_mem.evaluation import Measure, Reference, draw_samples
@@ -16,18 +19,23 @@ from lightning_mem.records import read_records
 
 pytestmark = pytest.mark.usefixtures("no_curves")
 
+TINY = Path(__file__).parent.parent / "tiny.yaml"
 
-@pytest.fixture
-def exported(fit) -> tuple[Path, Path]:
-    """A run folder and the diffusers folder made from it."""
-    run = fit("run")
-    return run, DenoiserModule.from_checkpoint(run).to_diffusers("exported")
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A run folder and the diffusers folder made from it; tests only read them."""
+    folder = tmp_path_factory.mktemp("exported")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["lightning-mem"])
+        run(["fit", "--config", str(TINY), "--trainer.default_root_dir", str(folder / "run")])
+    return folder / "run", DenoiserModule.from_checkpoint(folder / "run").to_diffusers(str(folder / "exported"))
 
 
 def test_samples_of_the_exported_pipeline_are_bit_identical(exported) -> None:
-    run, folder = exported
+    trained, folder = exported
     assert (folder / "unet" / "diffusion_pytorch_model.safetensors").exists()
-    ours = sample_x0(load_target(run), range(64), seed=3, num_steps=5)
+    ours = sample_x0(load_target(trained), range(64), seed=3, num_steps=5)
     back = sample_x0(DenoiserModule.from_diffusers(folder), range(64), seed=3, num_steps=5)
     assert torch.equal(ours, back)
     pipeline = DDIMPipeline.from_pretrained(folder)
@@ -38,35 +46,35 @@ def test_samples_of_the_exported_pipeline_are_bit_identical(exported) -> None:
 
 
 def test_numbers_of_the_exported_model_agree(exported) -> None:
-    run, folder = exported
+    trained, folder = exported
     data = MemorizationDataModule(num_members=20, num_heldout=24, flip=True)
     data.setup()
     measure = Measure(Reference.from_datamodule(data))
     found = [
         measure(draw_samples(target, 70, num_steps=3), step=0).values()
-        for target in (load_target(run), DenoiserModule.from_diffusers(folder).target())
+        for target in (load_target(trained), DenoiserModule.from_diffusers(folder).target())
     ]
     assert found[0] == found[1]
     assert {"memorization/ratio", "frechet/pixels/heldout"} <= found[0].keys()
 
 
 def test_raw_and_averaged_weights_are_told_apart(exported) -> None:
-    run, _ = exported
-    raw, ema = (load_target(run, weights) for weights in ("raw", "ema"))
+    trained, _ = exported
+    raw, ema = (load_target(trained, weights) for weights in ("raw", "ema"))
     assert (raw.weights, ema.weights) == ("raw", "ema")
     assert raw.digest != ema.digest
     assert not torch.equal(sample(raw, range(4), seed=0, num_steps=2), sample(ema, range(4), seed=0, num_steps=2))
 
 
 def test_fit_from_pretrained_continues_from_its_quality(fit, exported, tmp_path: Path) -> None:
-    run, folder = exported
-    text = (Path(__file__).parent.parent / "tiny.yaml").read_text()
+    trained, folder = exported
+    text = TINY.read_text()
     head, tail = text.index("    network:"), text.index("    optimizer:")
     config = tmp_path / "finetune.yaml"
     config.write_text(text[:head] + f"    pretrained: {folder}\n" + text[tail:])
     options = ["--model.init_args.optimizer.init_args.lr", "1e-6", "--trainer.val_check_interval", "1"]
     tuned = fit("tuned", *options, "--trainer.max_steps", "1", config=config)
-    last = {r.name: r for r in read_records(run / "results.jsonl") if r.weights == "ema" and r.step == 10}
+    last = {r.name: r for r in read_records(trained / "results.jsonl") if r.weights == "ema" and r.step == 10}
     # the exported weights are those of step 12; their own numbers are measured here
     data = MemorizationDataModule(num_members=20, num_heldout=24, flip=True)
     data.setup()
@@ -82,18 +90,15 @@ def test_fit_from_pretrained_continues_from_its_quality(fit, exported, tmp_path:
 
 
 def test_a_checkpoint_alone_gives_the_same_samples_in_a_fresh_process(exported) -> None:
-    import subprocess
-    import sys
-
-    run, _ = exported
+    trained, _ = exported
     code = (
         "import torch; torch.set_num_threads(1)\n"
         "from lightning_mem.modules import load_target; from lightning_mem.diffusion import sample\n"
-        f"images = sample(load_target('{run}/checkpoints/last.ckpt'), range(5), seed=1, num_steps=3)\n"
+        f"images = sample(load_target('{trained}/checkpoints/last.ckpt'), range(5), seed=1, num_steps=3)\n"
         "print(images.sum((1, 2, 3)).tolist())"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    expected = sample(load_target(run), range(5), seed=1, num_steps=3).sum((1, 2, 3)).tolist()
+    expected = sample(load_target(trained), range(5), seed=1, num_steps=3).sum((1, 2, 3)).tolist()
     assert json.loads(found.strip().splitlines()[-1]) == expected
 
 
