@@ -41,8 +41,12 @@ class Blocks:
         return torch.equal(found.addresses, self.blocks[number])
 
     def own(self) -> list[int]:
-        """Numbers of the missing blocks that fall to this process."""
-        return self.missing[self.rank :: self.world_size]
+        """Numbers of the missing blocks that fall to this process.
+
+        Where there are fewer than processes, the others draw the first one too: Lightning refuses a process without
+        work, and whoever draws a block writes the same one.
+        """
+        return self.missing[self.rank :: self.world_size] or self.missing[:1]
 
     def __len__(self) -> int:
         return len(self.own())
