@@ -245,13 +245,11 @@ def test_an_attack_on_two_processes_draws_the_same_samples_and_writes_the_same_r
 
 
 def test_every_other_attack_gives_the_same_records_on_two_processes(runs: Path) -> None:
-    one, two = (records(runs / f"audit{count}") for count in (1, 2))
-    timed = ("/seconds_per_image",)
-    told, found = ([record for record in part if not record["name"].endswith(timed)] for part in (one, two))
-    assert {record["name"].split("/")[1] for record in told} >= {
+    one, two = (
+        [record for record in records(runs / f"audit{count}") if not record["name"].endswith("/seconds_per_image")]
+        for count in (1, 2)
+    )
+    assert {record["name"].split("/")[1] for record in one} >= {
         "loss", "secmi", "pia", "gradient_norm", "extraction", "inpainting", "amg", "rejection",
     }  # fmt: skip
-    assert [(record["name"], record["n"]) for record in told] == [(record["name"], record["n"]) for record in found]
-    for expected, record in zip(told, found, strict=True):
-        assert record["value"] == pytest.approx(expected["value"], rel=1e-6), expected["name"]
-        assert record["definition"] == expected["definition"]
+    assert one == two
