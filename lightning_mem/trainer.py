@@ -25,6 +25,7 @@ from lightning_mem.defenses.certified import certify
 from lightning_mem.diffusion import Sampler, ScoreTerm
 from lightning_mem.diffusion.additions import AbstractAddition
 from lightning_mem.evaluation import Accepted, Reference
+from lightning_mem.evaluation.blocks import drawn_before
 from lightning_mem.evaluation.inputs import check_members
 from lightning_mem.evaluation.rejection import rejection_into, rejection_settings
 from lightning_mem.modules import AbstractModule, load_target, read_checkpoint
@@ -315,7 +316,7 @@ class MemorizationTrainer(Trainer):
 
     def _drawn(self, drawer: Drawer, file: Path, first: int, count: int) -> SampleSet:
         """A draw with all processes, read from its file where it is there; every process gets the samples."""
-        there = self._drawn_before(file, first, count, drawer.settings)
+        there = drawn_before(file, first, count, drawer.settings)
         if there is None:
             self._draw(drawer, file, first, count)
             self.strategy.barrier("drawn")
@@ -377,23 +378,6 @@ class MemorizationTrainer(Trainer):
             console.print(f"results.jsonl, samples/, tables/ and images/ in {folder}", soft_wrap=True, highlight=False)
         self.strategy.barrier("attack")
         return records
-
-    @staticmethod
-    def _drawn_before(file: Path, first: int, count: int, settings: dict[str, Any]) -> SampleSet | None:
-        """The finished draw in a file; null where there is none.
-
-        Raises:
-            ValueError: If the file holds another draw.
-        """
-        if not file.is_file():
-            return None
-        found = SampleSet.load(file)
-        if found.settings != settings or not torch.equal(found.addresses, torch.arange(first, first + count)):
-            raise ValueError(
-                f"{file} holds another draw ({len(found)} samples, {found.settings}) than this one ({count} from "
-                f"{first} on, {settings}): remove it or choose another --out"
-            )
-        return found
 
     def _on_the_first(self, work: Callable[[], None]) -> None:
         """Call on the first process; the others wait."""

@@ -11,30 +11,13 @@ from torch import Tensor
 
 from lightning_mem.diffusion import ScoreTerm, Target
 from lightning_mem.diffusion.sampling import evaluation_mode, network_of
-from lightning_mem.evaluation import Number, Reference, Workers
+from lightning_mem.evaluation import Number, Workers
 from lightning_mem.metrics import Roc, roc
 from lightning_mem.randomness import generator
 from lightning_mem.types import to_float
 
 RATES = (0.01, 0.001)
 """False positive rates at which the true positive rate is told."""
-
-
-def loss_images(reference: Reference) -> tuple[Tensor, Tensor]:
-    """The members and held-out images that are told apart, uint8; each image once where mirror images count too.
-
-    Raises:
-        ValueError: If there are fewer than 4 of either.
-    """
-    members, heldout = reference.members[: len(reference.indices)], reference.heldout
-    if reference.mirror:  # the banks hold the mirror images behind the images
-        heldout = heldout[: len(heldout) // 2]
-    if min(len(members), len(heldout)) < 4:
-        raise ValueError(
-            f"the loss attack needs at least 4 members and 4 held-out images, got {len(members)} and "
-            f"{len(heldout)}: raise data.num_heldout"
-        )
-    return members, heldout
 
 
 @torch.no_grad()

@@ -192,7 +192,8 @@ def copy_reduction(
     return base[0] / max(protected[0], floor), base[1] / max(protected[2], floor), base[2] / max(protected[1], floor)
 
 
-def _share(record: Record) -> tuple[float, float, float]:
+def share_of(record: Record) -> tuple[float, float, float]:
+    """A share and the ends of its interval; the share itself where an end is not known."""
     value = float(record.value or 0.0)
     return value, value if record.low is None else record.low, value if record.high is None else record.high
 
@@ -200,7 +201,7 @@ def _share(record: Record) -> tuple[float, float, float]:
 def _reduction(own: Record, base: Record, common: Mapping[str, Any]) -> Number:
     if not base.value or own.value is None:
         return absent("copy_reduction", "the unprotected arm has no copy", dict(common), "ratio")
-    value, *ends = copy_reduction(_share(base), _share(own), own.n)
+    value, *ends = copy_reduction(share_of(base), share_of(own), own.n)
     definition = {
         **common, "base": base.value, "threshold": own.definition["threshold"], "bank": "members",
         "bank_size": own.definition["bank_size"], "interval": OF_THE_ENDS,

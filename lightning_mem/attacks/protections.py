@@ -10,7 +10,8 @@ import torch
 from rich.table import Table
 
 from lightning_mem.attacks.base import AbstractAttack, Scene
-from lightning_mem.attacks.loss_scores import all_verdicts, loss_images, reconstruction_losses, verdict_numbers
+from lightning_mem.attacks.loss_scores import all_verdicts, reconstruction_losses, verdict_numbers
+from lightning_mem.attacks.membership_scores import told_images
 from lightning_mem.attacks.protection_costs import Cost, measure_costs, read_costs, write_costs
 from lightning_mem.attacks.protection_report import protections_table, write_report
 from lightning_mem.attacks.protection_scores import PREFIX, UNGUIDED, UNPROTECTED, Arm, floors, score_arms, told
@@ -222,7 +223,7 @@ class Protections(AbstractAttack):
 
     def _membership(self, scene: Scene, arms: Sequence[Arm], like: Record) -> list[Record]:
         """The loss attack on the plain denoiser and on every one that score terms protect."""
-        members, heldout = loss_images(scene.reference())
+        members, heldout = told_images(scene.reference(), "the loss attack")
         rows = torch.arange(max(len(members), len(heldout)))
         asked: dict[str, Sequence[ScoreTerm]] = {UNPROTECTED: ()}
         for name, protection in self.protections.items():

@@ -100,3 +100,20 @@ def draw_block(
         block=settings["block"],
     )
     return SampleSet(images, addresses, labels, target.weights, settings, gate_rates(guidance, addresses))
+
+
+def drawn_before(file: Path, first: int, count: int, settings: dict[str, Any]) -> SampleSet | None:
+    """The finished draw in a file; null where there is none.
+
+    Raises:
+        ValueError: If the file holds another draw.
+    """
+    if not file.is_file():
+        return None
+    found = SampleSet.load(file)
+    if found.settings != settings or not torch.equal(found.addresses, torch.arange(first, first + count)):
+        raise ValueError(
+            f"{file} holds another draw ({len(found)} samples, {found.settings}) than this one ({count} from "
+            f"{first} on, {settings}): remove it or choose another --out"
+        )
+    return found

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from lightning_mem.attacks.protection_scores import PREFIX, UNGUIDED, UNPROTECTED, copy_reduction
+from lightning_mem.attacks.protection_scores import PREFIX, UNGUIDED, UNPROTECTED, copy_reduction, share_of
 from lightning_mem.records import Record
 from lightning_mem.studies.base import Run
 from lightning_mem.studies.pooling import pooled_ratio, pooled_record, pooled_share, seeds_interval
@@ -167,18 +167,13 @@ def _reductions(found: Sequence[Record]) -> list[Record]:
         if protection == UNPROTECTED or base is None or not base.value or record.value is None:
             continue
         own_n = record.n // int(record.definition["seeds"])
-        value, low, high = copy_reduction(_share(base), _share(record), own_n)
+        value, low, high = copy_reduction(share_of(base), share_of(record), own_n)
         definition = {**record.definition, "base": base.value, "samples_of_an_arm": own_n, "interval": OF_POOLED}
         name = f"{PREFIX}{protection}/copy_reduction"
         reductions.append(
             replace(record, name=name, value=value, low=low, high=high, unit="ratio", definition=definition)
         )
     return reductions
-
-
-def _share(record: Record) -> tuple[float, float, float]:
-    value = float(record.value or 0.0)
-    return value, value if record.low is None else record.low, value if record.high is None else record.high
 
 
 def of_arm(records: Sequence[Record], protection: str, what: str, **about: Any) -> Record | None:
