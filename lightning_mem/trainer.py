@@ -13,7 +13,7 @@ from lightning.pytorch.plugins import CheckpointIO
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from rich.console import Console
 
-from lightning_mem.attacks import AbstractAttack, Scene
+from lightning_mem.attacks import AbstractAttack
 from lightning_mem.callbacks import Curves, Ledger, MetricsCSV, RunFolder, RunSummary, WandbTracking
 from lightning_mem.callbacks.drawing import Blocks, BlockWriter, Drawer
 from lightning_mem.callbacks.evaluation import workers_of
@@ -24,7 +24,7 @@ from lightning_mem.data.datamodule import BLOCK
 from lightning_mem.defenses.certified import certify
 from lightning_mem.diffusion import Sampler, ScoreTerm
 from lightning_mem.diffusion.additions import AbstractAddition
-from lightning_mem.evaluation import Accepted, Reference
+from lightning_mem.evaluation import Accepted, Reference, Scene
 from lightning_mem.evaluation.blocks import drawn_before
 from lightning_mem.evaluation.inputs import check_members
 from lightning_mem.evaluation.rejection import rejection_into, rejection_settings

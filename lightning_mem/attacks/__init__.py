@@ -1,7 +1,7 @@
 """Attacks: what can be got out of a target; one published method, one file."""
 
 from lightning_mem.attacks.audit import Audit
-from lightning_mem.attacks.base import AbstractAttack, Scene
+from lightning_mem.attacks.base import AbstractAttack
 from lightning_mem.attacks.class_guidance import ClassGuidance
 from lightning_mem.attacks.cliques import Clique, largest_cliques, tiled_distances
 from lightning_mem.attacks.clusters import Clusters, cluster, cohesion, isolation, keep_clusters

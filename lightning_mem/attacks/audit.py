@@ -6,9 +6,9 @@ from pathlib import Path
 
 from rich.table import Table
 
-from lightning_mem.attacks.base import AbstractAttack, Scene
+from lightning_mem.attacks.base import AbstractAttack
 from lightning_mem.diffusion import Target
-from lightning_mem.evaluation import Reference
+from lightning_mem.evaluation import Reference, Scene
 from lightning_mem.records import Record, digest, read_records, write_records
 
 

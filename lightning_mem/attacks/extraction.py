@@ -9,11 +9,11 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_mem.attacks.base import AbstractAttack, Scene
+from lightning_mem.attacks.base import AbstractAttack
 from lightning_mem.attacks.extraction_report import draw_triplets, write_extracted
 from lightning_mem.attacks.extraction_scores import Extracted, Nearness, Rule, eidetic_numbers, numbers_under
 from lightning_mem.diffusion import Sampler, Target
-from lightning_mem.evaluation import Banks, Number
+from lightning_mem.evaluation import Banks, Number, Scene
 from lightning_mem.records import Record, digest
 from lightning_mem.types import SampleSet
 

@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_mem.attacks.base import AbstractAttack, Scene
+from lightning_mem.attacks.base import AbstractAttack
 from lightning_mem.attacks.completions import Completions, Half
 from lightning_mem.attacks.loss_scores import loss_z
 from lightning_mem.data.datamodule import BLOCK
 from lightning_mem.diffusion import Sampler, Target
-from lightning_mem.evaluation import Workers
+from lightning_mem.evaluation import Scene, Workers
 from lightning_mem.metrics import roc
 from lightning_mem.randomness import generator
 from lightning_mem.records import Record, atomic_write, digest

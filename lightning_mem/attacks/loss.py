@@ -7,12 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_mem.attacks.base import Scene
 from lightning_mem.attacks.loss_scores import reconstruction_losses
 from lightning_mem.attacks.membership import AbstractMembership, Told
 from lightning_mem.diffusion import ScoreTerm, Target
 from lightning_mem.diffusion.additions import AbstractAddition
-from lightning_mem.evaluation import Reference, Workers
+from lightning_mem.evaluation import Reference, Scene, Workers
 from lightning_mem.records import atomic_write
 
 

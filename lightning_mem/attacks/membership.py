@@ -14,7 +14,7 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from lightning_mem.attacks.base import AbstractAttack, Scene
+from lightning_mem.attacks.base import AbstractAttack
 from lightning_mem.attacks.loss_scores import RATES, all_verdicts, verdict_numbers
 from lightning_mem.attacks.membership_scores import (
     Sides,
@@ -29,7 +29,7 @@ from lightning_mem.attacks.membership_scores import (
 from lightning_mem.attacks.report import short, write_rows
 from lightning_mem.diffusion import ScoreTerm, Target, guidance_settings
 from lightning_mem.diffusion.additions import AbstractAddition
-from lightning_mem.evaluation import Number, Reference, Workers, read_ledger
+from lightning_mem.evaluation import Number, Reference, Scene, Workers, read_ledger
 from lightning_mem.evaluation.table import LOOK
 from lightning_mem.metrics import two_sample_p_value
 from lightning_mem.records import Record, digest

@@ -6,10 +6,11 @@ from pathlib import Path
 
 from rich.table import Table
 
-from lightning_mem.attacks.base import AbstractAttack, Scene
+from lightning_mem.attacks.base import AbstractAttack
 from lightning_mem.attacks.membership import AbstractMembership, shift, write_images
 from lightning_mem.attacks.membership_scores import Sides, curve_numbers, told_images
 from lightning_mem.diffusion import Target
+from lightning_mem.evaluation import Scene
 from lightning_mem.evaluation.checkpoints import find_checkpoints
 from lightning_mem.modules import load_target
 from lightning_mem.records import Record, digest

@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_mem.attacks.base import AbstractAttack, Scene
+from lightning_mem.attacks.base import AbstractAttack
 from lightning_mem.attacks.placement import placed
 from lightning_mem.attacks.prompts import condition_of, read_prompts, rows_of, with_cfg
 from lightning_mem.data.datamodule import BLOCK
 from lightning_mem.diffusion import Sampler, Target
 from lightning_mem.diffusion.sampling import sample_x0
 from lightning_mem.diffusion.target import Condition, Denoiser
-from lightning_mem.evaluation import Workers
+from lightning_mem.evaluation import Scene, Workers
 from lightning_mem.metrics import roc
 from lightning_mem.randomness import derive_seed
 from lightning_mem.records import Record, atomic_write, digest

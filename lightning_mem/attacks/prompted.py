@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_mem.attacks.base import AbstractAttack, Scene
+from lightning_mem.attacks.base import AbstractAttack
 from lightning_mem.attacks.cliques import largest_cliques, tightest, tiled_distances
 from lightning_mem.attacks.placement import placed
 from lightning_mem.attacks.prompted_report import FOUND, Verdict, draw_found, prompted_numbers, write_prompts
 from lightning_mem.attacks.prompts import condition_of, read_prompts, rows_of, with_cfg
 from lightning_mem.data.datamodule import BLOCK
 from lightning_mem.diffusion import Sampler, Target, sample
+from lightning_mem.evaluation import Scene
 from lightning_mem.metrics.eidetic import check_tiles
 from lightning_mem.randomness import derive_seed
 from lightning_mem.records import Record, digest

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from lightning_mem.attacks.base import AbstractAttack, Scene
+from lightning_mem.attacks.base import AbstractAttack
 from lightning_mem.attacks.loss_scores import all_verdicts, reconstruction_losses, verdict_numbers
 from lightning_mem.attacks.membership_scores import told_images
 from lightning_mem.attacks.protection_costs import Cost, measure_costs, read_costs, write_costs
@@ -18,7 +18,7 @@ from lightning_mem.attacks.protection_scores import PREFIX, UNGUIDED, UNPROTECTE
 from lightning_mem.data.datamodule import BLOCK
 from lightning_mem.diffusion import Sampler, ScoreTerm, Target, guidance_settings
 from lightning_mem.diffusion.additions import AbstractAddition, AllAccept, Judge
-from lightning_mem.evaluation import Accepted, Measure, cache_folder
+from lightning_mem.evaluation import Accepted, Measure, Scene, cache_folder
 from lightning_mem.records import Record, digest
 
 NAME = re.compile(r"[\w.+=-]+")

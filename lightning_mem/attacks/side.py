@@ -11,7 +11,7 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from lightning_mem.attacks.base import AbstractAttack, Scene
+from lightning_mem.attacks.base import AbstractAttack
 from lightning_mem.attacks.clusters import Clusters
 from lightning_mem.attacks.guided import draw_targets, load_surrogate
 from lightning_mem.attacks.pseudo_labels import PseudoLabels, clusters_file
@@ -28,7 +28,7 @@ from lightning_mem.diffusion import (
 )
 from lightning_mem.diffusion.guidance import Classifier
 from lightning_mem.diffusion.sampling import network_of
-from lightning_mem.evaluation import Measure, cache_folder
+from lightning_mem.evaluation import Measure, Scene, cache_folder
 from lightning_mem.metrics import build_extractor
 from lightning_mem.randomness import generator
 from lightning_mem.records import Record, atomic_write, digest

@@ -12,4 +12,5 @@ from lightning_mem.evaluation.numbers import Number
 from lightning_mem.evaluation.reference import Reference
 from lightning_mem.evaluation.rejection import Accepted, rejection_sample
 from lightning_mem.evaluation.run_data import run_data
+from lightning_mem.evaluation.scene import Scene
 from lightning_mem.evaluation.workers import Workers

@@ -13,8 +13,9 @@ from oracles import planted_mixture
 from torch import Tensor
 from victim import patterns, scene_of
 
-from lightning_mem.attacks import Extraction, Scene, extraction
+from lightning_mem.attacks import Extraction, extraction
 from lightning_mem.diffusion import DiffusionProcess
+from lightning_mem.evaluation import Scene
 from lightning_mem.records import Record
 from lightning_mem.types import SampleSet
 

@@ -13,11 +13,11 @@ from oracles import MixtureDenoiser
 from torch import Tensor
 from victim import patterns, scene_of
 
-from lightning_mem.attacks import PromptedExtraction, Scene, largest_cliques, prompted, tiled_distances
+from lightning_mem.attacks import PromptedExtraction, largest_cliques, prompted, tiled_distances
 from lightning_mem.attacks.cliques import tightest
 from lightning_mem.attacks.prompts import read_prompts, with_cfg
 from lightning_mem.diffusion import DiffusionProcess, Target
-from lightning_mem.evaluation import Workers
+from lightning_mem.evaluation import Scene, Workers
 from lightning_mem.metrics import tiled_l2
 from lightning_mem.records import Record
 

@@ -10,9 +10,8 @@ from oracles import planted_mixture
 from torch import Tensor
 from victim import patterns, scene_of
 
-from lightning_mem.attacks import Scene
 from lightning_mem.diffusion import DiffusionProcess, sample
-from lightning_mem.evaluation import rejection, rejection_sample
+from lightning_mem.evaluation import Scene, rejection, rejection_sample
 
 OPTIONS: dict[str, Any] = {"seed": 0, "num_steps": 5}
 

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_mem.attacks import Clusters, Scene
+from lightning_mem.attacks import Clusters
 from lightning_mem.attacks.pseudo_labels import clusters_file
 from lightning_mem.diffusion import DiffusionProcess, Target, guidance_settings
-from lightning_mem.evaluation import Reference
+from lightning_mem.evaluation import Reference, Scene
 from lightning_mem.evaluation.blocks import draw_block
 from lightning_mem.metrics import PixelsExtractor
 from lightning_mem.modules import DenoiserModule, SurrogateModule
