@@ -14,8 +14,8 @@ from lightning_mem.evaluation import Scene
 from lightning_mem.records import digest
 
 QueryKind = Literal["model", "heldout", "ensemble", "given"]
-"""``model``: drawn by the target; ``heldout``: real images it never saw; ``ensemble``: drawn by an ensemble whose members
-saw parts of the training set; ``given``: read from a file."""
+"""``model``: drawn by the target; ``heldout``: real images it never saw; ``ensemble``: drawn by an ensemble whose
+members saw parts of the training set; ``given``: read from a file."""
 
 
 @dataclass(frozen=True)
