@@ -2,17 +2,19 @@
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lightning_mem.attacks.base import AbstractAttack
 from lightning_mem.attacks.extraction_report import draw_triplets, write_extracted
 from lightning_mem.attacks.extraction_scores import Extracted, Nearness, Rule, eidetic_numbers, numbers_under
-from lightning_mem.diffusion import Sampler, Target
+from lightning_mem.diffusion import Sampler, ScoreTerm, Target, guidance_settings
+from lightning_mem.diffusion.additions import AbstractAddition
 from lightning_mem.evaluation import Banks, Number, Scene
 from lightning_mem.records import Record, digest
 from lightning_mem.types import SampleSet
@@ -21,7 +23,7 @@ PREFIX = "attack/extraction/"
 
 
 class Extraction(AbstractAttack):
-    r"""Extracts training images from many unguided samples: those that lie much nearer to one than to its surroundings.
+    r"""Extracts training images from many samples: those that lie much nearer to one than to its surroundings.
 
     .. math:: \ell(\hat x) = \frac{d_1}{\alpha\,\frac{1}{n}\sum_{j=1}^{n} d_j} < \text{cut}
 
@@ -36,6 +38,8 @@ class Extraction(AbstractAttack):
 
     Args:
         num_samples: How many are drawn.
+        protection: What they are drawn under, by class_path, such as
+            ``lightning_mem.defenses.CPSampleProtection``; null draws the target's own samples.
         cuts: Of the normalized L2, positive: where the literature cuts is not settled.
         neighbors: n; fewer where a bank is smaller.
         alpha: Positive.
@@ -49,7 +53,8 @@ class Extraction(AbstractAttack):
         pictures: How many extracted images are shown beside their nearest and second nearest; 0 for none.
 
     Raises:
-        ValueError: If a number is out of range, or there are not two different training images.
+        ValueError: If a number is out of range, the protection rejects finished samples or does not belong to the
+            target, or there are not two different training images.
 
     Undefined when:
         Banks of different sizes are compared: the normalized L2 depends on the size. Near-duplicates among the
@@ -69,6 +74,7 @@ class Extraction(AbstractAttack):
     def __init__(
         self,
         num_samples: int = 4096,
+        protection: AbstractAddition | None = None,
         cuts: list[float] | None = None,
         neighbors: int = 50,
         alpha: float = 0.5,
@@ -95,14 +101,26 @@ class Extraction(AbstractAttack):
         if not 0 < delta < 1 or not alpha > 0:
             raise ValueError(f"delta must lie in (0, 1) and alpha be positive, got {delta} and {alpha}")
         self.num_samples, self.part, self.pictures = num_samples, part, pictures
+        self.protection, self._path = protection, ""
         self.neighbors, self.alpha, self.delta = neighbors, alpha, delta
         seed = int(os.environ.get("PL_GLOBAL_SEED", "0")) if sample_seed is None else sample_seed
         self.drawing: dict[str, Any] = {"seed": seed, "num_steps": num_steps, "sampler": sampler, "eta": eta}
 
     def identity(self, target: Target, path: str, home: Path) -> str:
         """Digest of target and settings; see :class:`AbstractAttack`."""
+        self._path = path
         rules = (self.cuts, self.neighbors, self.alpha, self.delta, self.eidetic_k)
-        return digest(target.digest, self.drawing, self.num_samples, self.part, rules)
+        protection = guidance_settings(self._terms(target, 0, 1))
+        if self.protection is not None and self.protection.judge(target, path) is not None:
+            raise ValueError(
+                "extraction draws every sample once: a protection that rejects finished samples is measured by "
+                "lightning_mem.attacks.Protections"
+            )
+        return digest(target.digest, self.drawing, self.num_samples, self.part, rules, protection)
+
+    def _terms(self, target: Target, first: int, count: int) -> Sequence[ScoreTerm]:
+        rows = torch.arange(first, first + count)
+        return () if self.protection is None else self.protection.terms(target, self._path, rows)
 
     def run(self, scene: Scene) -> list[Record]:
         """Draw every part, then search them one after the other; see :class:`AbstractAttack`."""
@@ -110,7 +128,8 @@ class Extraction(AbstractAttack):
         settings: dict[str, Any] = {}
         for first in range(0, self.num_samples, self.part):
             count = min(self.part, self.num_samples - first)
-            settings = scene.draw(self._file(first), count, first=first, **self.drawing).settings
+            terms = self._terms(scene.target, first, count)
+            settings = scene.draw(self._file(first), count, first=first, guidance=terms, **self.drawing).settings
         banks = Banks(scene.reference(), [], scene.workers)
         if banks.distinct("members") < 2:
             raise ValueError(f"extraction needs two different training images, got {banks.distinct('members')}")
@@ -119,7 +138,7 @@ class Extraction(AbstractAttack):
         rules.append(("rms_l2", self.delta))
         about = {
             "num_samples": self.num_samples, **settings, "neighbors": min(self.neighbors, banks.distinct("members")),
-            "alpha": self.alpha,
+            "alpha": self.alpha, "protection": settings.get("guidance", "none"),
         }  # fmt: skip
         numbers = [number for rule, cut in rules for number in numbers_under(near, banks, rule, cut, about)]
         numbers += eidetic_numbers(near, banks, self.delta, self.eidetic_k, about)

@@ -100,20 +100,32 @@ def _below(score: Tensor, rule: Rule, cut: float) -> Tensor:
 
 
 def repeats_of(banks: Banks) -> Tensor:
-    """How many training images each duplicate group holds, int64 [M] by group number; 0 where there is no such group.
+    """How often each duplicate group was trained on in a pass, int64 [M] by group number; 0 where there is none.
 
     A picture and its mirror image, where training flips, are one image.
     """
-    pairs = torch.stack([banks.groups["members"], banks.reference.owners], 1).unique(dim=0)
-    return torch.bincount(pairs[:, 0], minlength=len(banks.groups["members"]))
+    groups = banks.groups["members"]
+    pairs = torch.stack([groups, banks.reference.owners], 1).unique(dim=0)
+    return torch.zeros(len(groups), dtype=torch.int64).index_add_(0, pairs[:, 0], _times(banks)[pairs[:, 1]])
+
+
+def _times(banks: Banks) -> Tensor:
+    """How often each training image stands in a pass, int64 by owner."""
+    found = banks.reference.repeats
+    return torch.ones(int(banks.reference.owners.max()) + 1, dtype=torch.int64) if found is None else found
 
 
 def near_copies(groups: Tensor, banks: Banks, delta: float) -> Tensor:
-    """k of each image: training images within delta, itself (and mirror images, where training flips) included."""
+    """k of each image: training images within delta, itself (and mirror images, where training flips) included.
+
+    One that stands several times in a pass counts as often.
+    """
     if len(groups) == 0:
         return torch.zeros(0, dtype=torch.int64)
     members = banks.images("members").to(banks.workers.device)
-    return torch.as_tensor(eidetic_count(members[groups], members, delta)).cpu()
+    times = _times(banks)[banks.reference.owners].to(members.device)
+    trained = members.repeat_interleave(times, 0) if (times > 1).any() else members
+    return torch.as_tensor(eidetic_count(members[groups], trained, delta)).cpu()
 
 
 def numbers_under(near: Nearness, banks: Banks, rule: Rule, cut: float, about: dict[str, Any]) -> list[Number]:

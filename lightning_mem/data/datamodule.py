@@ -29,15 +29,26 @@ class Duplicates:
 
     Args:
         count: How many members are repeated (the first of the drawn order).
-        times: How often each of them stands in a pass; the others stand once.
+        times: How often each of them stands in a pass; the others stand once. With a list, the first ``count`` members
+            stand as often as its first number says, the next ``count`` as the second says, and so on.
     """
 
     count: int = 0
-    times: int = 1
+    times: int | list[int] = 1
 
     def __post_init__(self) -> None:
-        if self.count < 0 or self.times < 1:
+        if self.count < 0 or not self.levels or min(self.levels) < 1:
             raise ValueError(f"duplicates need count >= 0 and times >= 1, got {self.count} and {self.times}")
+
+    @property
+    def levels(self) -> list[int]:
+        """``times`` as a list."""
+        return [self.times] if isinstance(self.times, int) else list(self.times)
+
+    @property
+    def total(self) -> int:
+        """How many members are named."""
+        return self.count * len(self.levels)
 
 
 class MemorizationDataModule(LightningDataModule):
@@ -158,8 +169,9 @@ class MemorizationDataModule(LightningDataModule):
         )
         if passed_over:
             rank_zero_info(f"{passed_over} images equal a member pixel for pixel and cannot be held out: passed over")
-        if self.duplicates.count > len(members):
-            raise ValueError(f"duplicates.count is {self.duplicates.count}, but there are {len(members)} members")
+        if self.duplicates.total > len(members):
+            named = " x ".join(str(part) for part in (self.duplicates.count, len(self.duplicates.levels)) if part != 1)
+            raise ValueError(f"duplicates.count is {named or 1}, but there are {len(members)} members")
         if self.deduplicate is not None:
             members = self._deduplicated(members, self.deduplicate)
         classes_of(
@@ -291,9 +303,16 @@ class MemorizationDataModule(LightningDataModule):
     @property
     def occurrences(self) -> Tensor:
         """The member at each place of a pass, int64 [M]: some stand several times, unless duplicates are taken out."""
-        times = 1 if self.deduplicate is not None else self.duplicates.times
-        repeated = torch.arange(self.duplicates.count).repeat(times - 1)
-        return torch.cat([torch.arange(len(self.members)), repeated])
+        count, levels = self.duplicates.count, self.duplicates.levels if self.deduplicate is None else []
+        repeated = [
+            torch.arange(place * count, (place + 1) * count).repeat(times - 1) for place, times in enumerate(levels)
+        ]
+        return torch.cat([torch.arange(len(self.members)), *repeated])
+
+    @property
+    def repeats(self) -> Tensor:
+        """How often each member stands in a pass, int64 [N]."""
+        return self.occurrences.bincount(minlength=len(self.members))
 
     def train_dataloader(self) -> TrainBatches:
         """Batches addressed by step; members live on the training device when they are small enough."""

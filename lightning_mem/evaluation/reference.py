@@ -34,6 +34,7 @@ class Reference:
         heldout_digest: Of the held-out set.
         seed: Of the addressed draws that cut the larger bank.
         file_of: File of a member by its place in the source, for the ledger; empty where images are no files.
+        repeats: int64: how often each member stands in a pass of training; null for once.
         fresh: At most so many real images that are neither members nor held out, uint8 [N, C, H, W].
     """
 
@@ -46,6 +47,7 @@ class Reference:
     heldout_digest: str = ""
     seed: int = 0
     file_of: Callable[[int], str] = _no_file
+    repeats: Tensor | None = None
     fresh: Callable[[int], Tensor] | None = None
 
     @classmethod
@@ -78,6 +80,7 @@ class Reference:
             heldout_digest=data.heldout.digest,
             seed=data.seed,
             file_of=folder_files(data.source) if isinstance(data.source, FolderSource) else _no_file,
+            repeats=data.repeats,
             fresh=lambda count: data.fresh(count).images,
         )
 

@@ -130,7 +130,7 @@ class SurrogateModule(AbstractClassifierModule):
         data = self._datamodule()
         if self.labels_as == "posterior" and data is not None and data.members.labels is not None:
             images, owners = data.bank()
-            times = data.occurrences.bincount(minlength=len(data.members))
+            times = data.repeats
             rows = torch.arange(len(images)).repeat_interleave(times[owners])
             classes, labels = data.members.labels[owners][rows].unique(return_inverse=True)
             self._exact = EmpiricalClassifier(images[rows], labels, self.process), classes

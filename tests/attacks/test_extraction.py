@@ -14,7 +14,8 @@ from torch import Tensor
 from victim import patterns, scene_of
 
 from lightning_mem.attacks import Extraction, extraction
-from lightning_mem.diffusion import DiffusionProcess
+from lightning_mem.diffusion import DiffusionProcess, ScoreTerm, Target
+from lightning_mem.diffusion.additions import AbstractAddition, AllAccept, Judge
 from lightning_mem.evaluation import Scene
 from lightning_mem.records import Record
 from lightning_mem.types import SampleSet
@@ -153,3 +154,55 @@ def test_what_cannot_be_counted_is_refused() -> None:
     assert len(digests) == 5
     with pytest.raises(ValueError, match="needs two different training images, got 1"):
         Extraction(**{**OPTIONS, "num_samples": 2}).run(kept_scene(ONCE[:1].repeat(2, 1, 1, 1), HELDOUT))
+
+
+def test_images_repeated_by_the_data_module_count_as_stacked_ones(whole: tuple[list[Record], Path]) -> None:
+    scene = kept_scene(MEMBERS, HELDOUT, whole[1])  # the same generations
+    images, times = torch.cat([ONCE, REPEATED]), torch.tensor([1] * 30 + [8] * 6)
+    once = dataclasses.replace(scene.reference(), members=images, owners=torch.arange(36), repeats=times)
+    records = Extraction(part=64, **OPTIONS).run(dataclasses.replace(scene, read=lambda: once, _read=[]))
+    for name in ("images_by_repeats", "eidetic_images"):
+        values = [[r.value for r in found if r.name.endswith(name)] for found in (records, whole[0])]
+        assert values[0] == values[1]
+        assert len(values[0]) > 1
+
+
+class ToNoImage(AbstractAddition):
+    """Pushes every sample towards grey, where no image is."""
+
+    def terms(self, target: Target, path: str, addresses: Tensor) -> Sequence[ScoreTerm]:
+        def term(x_t: Tensor, t: Tensor, addresses: Tensor) -> Tensor:
+            return -30 * x_t
+
+        term.settings = {"guidance": "grey"}  # type: ignore[attr-defined]
+        return [term]
+
+
+def test_a_protected_target_gives_back_fewer_images_and_says_so(
+    whole: tuple[list[Record], Path], tmp_path: Path
+) -> None:
+    attack, plain = Extraction(part=64, protection=ToNoImage(), **OPTIONS), Extraction(part=64, **OPTIONS)
+    scene = kept_scene(MEMBERS, HELDOUT, tmp_path)
+    assert len({own.identity(scene.target, "", tmp_path) for own in (attack, plain)}) == 2
+    found = {
+        record.definition["protection"]: record.value
+        for record in [*attack.run(scene), *whole[0]]
+        if record.name.endswith("/generations") and record.definition["rule"] == "rms_l2"
+    }
+    assert found["none"] == 1
+    assert 0 <= (found["grey"] or 0) < 0.5
+    assert set(found) == {"none", "grey"}
+
+
+def test_a_rejection_is_measured_elsewhere() -> None:
+    class Refuses(AbstractAddition):
+        def terms(self, target: Target, path: str, addresses: Tensor) -> Sequence[ScoreTerm]:
+            return ()
+
+        def judge(self, target: Target, path: str) -> Judge:
+            return AllAccept([])
+
+    with pytest.raises(ValueError, match="draws every sample once"):
+        Extraction(protection=Refuses()).identity(
+            scene_of(planted_mixture(ONCE, DiffusionProcess("linear")), ONCE, HELDOUT).target, "", Path()
+        )

@@ -126,6 +126,15 @@ def test_flips_mirror_half_of_the_images_and_nothing_else() -> None:
     assert 256 - 4 * 11.3 < flipped < 256 + 4 * 11.3  # standard error sqrt(512)/2
 
 
+def test_members_repeat_by_levels_in_the_order_they_were_drawn() -> None:
+    data = module(duplicates=Duplicates(count=2, times=[2, 5]), batch_size=32)
+    data.setup()
+    assert data.repeats.tolist()[:5] == [2, 2, 5, 5, 1]
+    assert data.repeats.sum() == len(data.occurrences) == len(data.members) + 2 * (1 + 4)
+    with pytest.raises(ValueError, match=r"duplicates need count >= 0 and times >= 1, got 1 and \[\]"):
+        Duplicates(count=1, times=[])
+
+
 def test_duplicates_stand_several_times_in_a_pass() -> None:
     data = module(duplicates=Duplicates(count=3, times=5), batch_size=32)
     batch = next(iter(data.train_dataloader()))  # one pass: 20 + 3 * 4 places
