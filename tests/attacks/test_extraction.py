@@ -189,9 +189,8 @@ def test_a_protected_target_gives_back_fewer_images_and_says_so(
         for record in [*attack.run(scene), *whole[0]]
         if record.name.endswith("/generations") and record.definition["rule"] == "rms_l2"
     }
-    assert found["none"] == 1
-    assert 0 <= (found["grey"] or 0) < 0.5
     assert set(found) == {"none", "grey"}
+    assert 0 <= (found["grey"] or 0) < (found["none"] or 0) / 2
 
 
 def test_a_rejection_is_measured_elsewhere() -> None:
