@@ -9,7 +9,7 @@ from lightning_mem.attacks.extraction import Extraction
 from lightning_mem.attacks.gradient_norm import GradientNorm
 from lightning_mem.attacks.guided import SurrogateGuidance
 from lightning_mem.attacks.inpainting import Inpainting
-from lightning_mem.attacks.lira import LiRA, likelihood_ratios
+from lightning_mem.attacks.lira import LiRA, least_shadows, likelihood_ratios
 from lightning_mem.attacks.loss import LossAttack
 from lightning_mem.attacks.loss_scores import calibrated_verdict, loss_z, reconstruction_losses
 from lightning_mem.attacks.membership import AbstractMembership

@@ -1,6 +1,7 @@
 """LiRA: is this loss rather one of models that were trained with the image, or of models trained without it?"""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from torch import Tensor
 from lightning_mem.attacks.loss import LossAttack
 from lightning_mem.attacks.loss_scores import RATES
 from lightning_mem.attacks.membership import AbstractMembership, Told
-from lightning_mem.attacks.membership_scores import Sides, paired_gain
+from lightning_mem.attacks.membership_scores import Sides, paired_gains
 from lightning_mem.data.split import image_digest
 from lightning_mem.diffusion import ScoreTerm, Target
 from lightning_mem.evaluation import Number, Workers
@@ -63,8 +64,8 @@ class LiRA(AbstractMembership):
     L is the target's loss of x, averaged over draws of noise and flips; the means are over the losses of shadow models
     that were trained with x (in) and without it (out), at the same noise. A shadow trained on the very member set of
     the target is left out: the target is never its own shadow. Beside the records of :class:`AbstractMembership`:
-    ``tpr_gain_at_0.01`` and ``tpr_gain_at_0.001``, by how much the true positive rate is above that of the same losses
-    without shadows, with a paired bootstrap. An image's losses are asked of the target and of every shadow.
+    ``auc_gain``, ``tpr_gain_at_0.01`` and ``tpr_gain_at_0.001``, LiRA minus the loss attack on the same images at the
+    same noise, with a paired bootstrap. An image's losses are asked of the target and of every shadow.
 
     Args:
         shadows: Run folders of the shadow models, trained by the recipe of the target on other splits of its pool.
@@ -184,11 +185,29 @@ class LiRA(AbstractMembership):
             place = told.times.index(t)
             mine = own[:, place], other[:, place]
             plain = self._plain["members"][:, place], self._plain["heldout"][:, place]
-            for rate in RATES:
-                number = paired_gain(mine, plain, rate, generator(self.seed, "lira gain", t, str(rate)))
-                about = {"attacker": "fixed", "t": t, "against": "loss", **told.settings["none"]}
-                found.append(self.defined(number, about))
+            about = {"attacker": "fixed", "t": t, "sign": 1, "against": "loss", **told.settings["none"]}
+            gains = paired_gains(mine, plain, RATES, generator(self.seed, "lira gain", t))
+            found += [self.defined(number, about) for number in gains]
         return found
+
+
+def least_shadows(images: int, mode: Mode = "online", variance: Variance = "global") -> int:
+    r"""The smallest number of shadows that rather leaves every image of a pool enough of them than not.
+
+    .. math:: S = \min\Big\{s : \big(1 - c \textstyle\sum_{k < l} \binom{s}{k} 2^{-s}\big)^N \ge \tfrac12\Big\}
+
+    A random half is dealt to each shadow; l is 1, or 2 with ``per_image`` variance, c 2 online and 1 offline.
+
+    Args:
+        images: N of the pool, at least 1.
+        mode: See :class:`LiRA`.
+        variance: See there.
+    """
+    kinds, least = 2 if mode == "online" else 1, 2 if variance == "per_image" else 1
+    count = 2
+    while (1 - min(1.0, kinds * sum(math.comb(count, k) for k in range(least)) / 2**count)) ** images < 0.5:
+        count += 1
+    return count
 
 
 def likelihood_ratios(

@@ -122,47 +122,64 @@ def curve_numbers(scores: Sides, times: Sequence[int], curve: Sequence[int]) -> 
     return found
 
 
-def paired_gain(first: Sides, second: Sides, rate: float, draw: torch.Generator, resamples: int = 1000) -> Number:
-    """By how much one score's TPR at a false positive rate is above another's, on the same images.
+def paired_gains(
+    first: Sides, second: Sides, rates: Sequence[float], draw: torch.Generator, resamples: int = 1000
+) -> list[Number]:
+    """By how much one score tells better than another on the same images: ``auc_gain`` and ``tpr_gain_at_<rate>``.
 
     Args:
-        first: Scores float64 [m] and [n].
+        first: Scores float64 [m] and [n], larger = member.
         second: Of the other attack, same images in the same order.
-        rate: False positive rate, in [0, 1].
-        draw: Of the bootstrap, which draws members and held-out images again, both scores of an image together.
+        rates: False positive rates, in [0, 1].
+        draw: Of the bootstrap, which draws m members and n held-out images again, both scores of an image together.
         resamples: How many, at least 20.
 
+    Returns:
+        Numbers in [-1, 1], above 0 where ``first`` tells better, with their 95 % intervals.
+
     Undefined when:
-        ``rate`` times the number of held-out images is near 1 or below: the threshold is then the largest held-out
-        score or so, which a bootstrap varies too little.
+        A rate times the number of held-out images is near 1 or below: the threshold is then the largest held-out score
+        or so, which a bootstrap varies too little; or both scores tell all images apart: no draw differs.
+
+    Source:
+        Efron and Tibshirani, An Introduction to the Bootstrap (1993), sections 8.3 (two samples) and 13.3
+        (percentiles).
     """
-
     m, n = len(first[0]), len(first[1])
-    allowed = math.floor(rate * n * (1 + 1e-12))
-
-    def gains(own: Tensor, other: Tensor) -> Tensor:
-        """Of drawn rows [R, m] and [R, n]: members above the first held-out score that may not be called a member."""
-        rates = []
-        for members, heldout in (first, second):
-            if allowed == n:
-                rates.append(torch.ones(len(own), dtype=torch.float64))
-                continue
-            cut = heldout[other].topk(allowed + 1, dim=1).values[:, -1:]
-            rates.append((members[own] > cut).double().mean(1))
-        return rates[0] - rates[1]
-
-    value = float(gains(torch.arange(m)[None], torch.arange(n)[None]))
     at_once = max(1, AT_ONCE // (m + n))
-    counts = [min(at_once, resamples - start) for start in range(0, resamples, at_once)]
-    drawn = torch.cat(
-        [
-            gains(torch.randint(m, (count, m), generator=draw), torch.randint(n, (count, n), generator=draw))
-            for count in counts
-        ]
+    seen, *drawn = (
+        torch.stack([_told(side, own, other, rates) for side in (first, second)]).double()
+        for own, other in (
+            (torch.arange(m)[None], torch.arange(n)[None]),
+            *(
+                (torch.randint(m, (count, m), generator=draw), torch.randint(n, (count, n), generator=draw))
+                for count in (min(at_once, resamples - start) for start in range(0, resamples, at_once))
+            ),
+        )
     )
-    low, high = drawn.quantile(torch.tensor([0.025, 0.975]).double()).tolist()
-    definition = {"num_members": m, "num_heldout": n, "interval": "paired bootstrap over images 95%"}
-    return Number(f"tpr_gain_at_{rate}", value, n, definition, (low, high), "difference")
+    values = (seen[0] - seen[1])[0]
+    ends = torch.cat([one - other for one, other in drawn]).quantile(torch.tensor([0.025, 0.975]).double(), dim=0)
+    about = {"num_members": m, "num_heldout": n, "interval": "paired bootstrap over images 95%"}
+    names = ["auc_gain", *(f"tpr_gain_at_{rate}" for rate in rates)]
+    return [
+        Number(name, value, n if place else m + n, about, (low, high), "difference")
+        for place, (name, value, (low, high)) in enumerate(zip(names, values.tolist(), ends.T.tolist(), strict=True))
+    ]
+
+
+def _told(scores: Sides, own: Tensor, other: Tensor, rates: Sequence[float]) -> Tensor:
+    """AUC and true positive rates of drawn rows [R, m] and [R, n], ties as in :class:`lightning_mem.metrics.Roc`."""
+    members, heldout = scores[0][own], scores[1][other].sort(1).values
+    n = heldout.shape[1]
+    below, up_to = (torch.searchsorted(heldout, members, right=right) for right in (False, True))
+    found = [(below + up_to).double().mean(1) / (2 * n)]
+    for rate in rates:
+        allowed = math.floor(rate * n * (1 + 1e-12))
+        if allowed >= n:
+            found.append(torch.ones(len(members), dtype=torch.float64))
+        else:  # above the first held-out score that may not be called a member's
+            found.append((members > heldout[:, n - 1 - allowed, None]).double().mean(1))
+    return torch.stack(found, 1)
 
 
 def unresolved(rates: Sequence[float], heldout: int) -> str:

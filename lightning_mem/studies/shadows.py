@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import yaml
 
+from lightning_mem.attacks.lira import least_shadows
 from lightning_mem.data.plan import Row, merge
 from lightning_mem.evaluation.curves import curve
 from lightning_mem.records import Record, digest
@@ -37,7 +38,8 @@ class MembershipStudy(AbstractStudy):
         shadow: Files of ``fit`` laid over both for the shadows: what is watched less closely.
         lira: Files of ``attack`` for the pool's target (``lightning_mem.attacks.LiRA``, shadows left empty).
         shadows: Shadow models of a pool; 0 for no LiRA, which refuses an image that all or none were trained with: 16
-            leave such an image in 3 of 100 pools of 1,024, 12 in 39.
+            leave such an image in 3 of 100 pools of 1,024, 12 in 39. At least as many as rather leave none
+            (:func:`lightning_mem.attacks.least_shadows`).
         seeds: Each decides targets and attacks; at least 3 for intervals over seeds.
         lira_seeds: Seeds that have a pool; null for the first seed alone.
         overrides: Further settings of ``fit`` for every row.
@@ -80,13 +82,26 @@ class MembershipStudy(AbstractStudy):
         for what, given in (("num_members", num_members), ("seeds", self.seeds), ("lira_seeds", self.lira_seeds)):
             if (not given and what != "num_members") or given != sorted(set(given)):
                 raise ValueError(f"{what} must increase and hold at least one, got {given}")
-        if shadows and (not pool or not lira or shadows < 2):
-            raise ValueError(
-                f"shadows needs at least 2, and files for pool and lira, got {shadows}, pool {pool} and lira {lira}"
-            )
+        if shadows and (not pool or not lira):
+            raise ValueError(f"shadows needs files for pool and lira, got pool {pool} and lira {lira}")
+        if shadows:
+            self._check_shadows(shadows)
         if not num_members and not shadows:
             raise ValueError("num_members must hold at least one size, or shadows be given")
         self.num_members, self.shadows = num_members, shadows
+
+    def _check_shadows(self, shadows: int) -> None:
+        """Refuses fewer than LiRA can use: an image that all or none were trained with stops it after all trainings."""
+        data = _merged(self.recipes["pool"])["data"]
+        images = int(data["num_members"]) + int(data.get("num_heldout", 512))
+        about = _merged(self.recipes["lira"]).get("attack", {}).get("init_args", {})
+        mode, variance = about.get("mode", "online"), about.get("variance", "global")
+        least = least_shadows(images, mode, variance)
+        if shadows < least:
+            raise ValueError(
+                f"shadows must be at least {least} for LiRA ({mode}, {variance} variance) on a pool of {images}, got "
+                f"{shadows}: with fewer, some image likely is in too few or too many of their halves"
+            )
 
     def files(self, row: Row) -> list[str]:
         """By kind of row."""
@@ -117,10 +132,7 @@ class MembershipStudy(AbstractStudy):
     @property
     def _half_size(self) -> int:
         """``data.num_members`` of the pool's files."""
-        found: dict[str, Any] = {}
-        for file in self.recipes["pool"]:
-            found = merge(found, yaml.safe_load(Path(file).read_text()))
-        return int(found["data"]["num_members"])
+        return int(_merged(self.recipes["pool"])["data"]["num_members"])
 
     def settings(self, row: Row, folder: str | Path, needed: Mapping[str, Path]) -> dict[str, Any]:
         """With the folders of targets and shadows in their places."""
@@ -154,6 +166,14 @@ class MembershipStudy(AbstractStudy):
             (folder / "membership.md").write_text(table)
             print(f"{table}\nopen {folder / 'membership.png'}, membership.md and results.jsonl there")
         return records
+
+
+def _merged(files: Sequence[str]) -> dict[str, Any]:
+    """Files of settings, later ones laid over earlier ones."""
+    found: dict[str, Any] = {}
+    for file in files:
+        found = merge(found, yaml.safe_load(Path(file).read_text()))
+    return found
 
 
 def _ratios(runs: Sequence[Run], size: int) -> list[Record]:

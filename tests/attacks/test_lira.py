@@ -8,13 +8,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from scipy import stats
 from torch import Tensor
 from victim import patterns, scene_of, write_target
 
 from lightning_mem.attacks import LiRA, LossAttack, likelihood_ratios
-from lightning_mem.attacks.lira import Shadow
+from lightning_mem.attacks.lira import Shadow, least_shadows
 from lightning_mem.attacks.loss_scores import reconstruction_losses
+from lightning_mem.attacks.membership import Told
 from lightning_mem.data.split import image_digest
 from lightning_mem.diffusion import DiffusionProcess, EmpiricalDenoiser
 from lightning_mem.evaluation import Workers
@@ -58,20 +60,45 @@ def test_the_ratio_is_that_of_two_normal_densities(variance: Any) -> None:
         np.testing.assert_allclose(offline[:, place], (means[0] - x) / deviations[0], rtol=1e-9)
 
 
-def test_gaussians_are_told_as_well_as_they_can_be() -> None:
-    # loss of image i: N(c_i + 1, 1) without it, N(c_i, 1) with it, the c_i far apart: only shadows see past them
+def gaussians(n: int, gap: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+    """Losses of a target and of 64 shadows, N(c_i, 1) without image i and ``gap`` lower with it, the c_i far apart: only
+    shadows see past them. The first half are members."""
     draw = torch.Generator().manual_seed(0)
-    n, shadows = 3000, 64
     center = 20 * torch.randn(n, generator=draw)
-    trained_with = torch.rand(shadows, n, generator=draw) < 0.5
-    known = (center + 1 - trained_with.float() + torch.randn(shadows, n, generator=draw))[..., None]
+    trained_with = torch.rand(64, n, generator=draw) < 0.5
+    known = (center - gap * trained_with.float() + torch.randn(64, n, generator=draw))[..., None]
     member = torch.arange(n) < n // 2
-    losses = (center + 1 - member.float() + torch.randn(n, generator=draw))[:, None]
+    return (center - gap * member.float() + torch.randn(n, generator=draw))[:, None], known, trained_with
+
+
+def test_gaussians_are_told_as_well_as_they_can_be() -> None:
+    losses, known, trained_with = gaussians(3000)
     for mode in ("online", "offline"):
         scores = likelihood_ratios(losses, known, trained_with, mode)[:, 0]  # type: ignore[arg-type]
         optimum = stats.norm.cdf(1 / math.sqrt(2 + 2 / 32))  # means are known from 32 shadows
-        assert roc(scores[member], scores[~member]).auc == pytest.approx(optimum, abs=0.03)
-    assert abs(roc(-losses[member, 0], -losses[~member, 0]).auc - 0.5) < 0.05
+        assert roc(scores[:1500], scores[1500:]).auc == pytest.approx(optimum, abs=0.03)
+    assert abs(roc(-losses[:1500, 0], -losses[1500:, 0]).auc - 0.5) < 0.05
+
+
+def test_the_gain_on_the_loss_attack_has_its_sign_and_is_nothing_where_shadows_know_nothing() -> None:
+    found = {}
+    for gap in (2.0, 0.0):
+        losses, *shadows = gaussians(1000, gap)
+        attack = LiRA(["a", "b"], timesteps=[100], noise_seed=0)
+        attack._plain = {"members": -losses[:500], "heldout": -losses[500:]}
+        scores = likelihood_ratios(losses, *shadows)
+        told = Told({"none": (scores[:500], scores[500:])}, {"none": {"protection": "none"}}, [100], 1.0)
+        numbers = {number.name: number for number in attack.extra_numbers(told, 0.5)}
+        found[gap] = numbers["auc_gain"], numbers["tpr_gain_at_0.01"]
+    d = 2 / math.sqrt(1 + 1 / 32)  # means are known from 32 shadows
+    truth = stats.norm.cdf(d / math.sqrt(2)) - 0.5, stats.norm.sf(stats.norm.isf(0.01) - d) - 0.01
+    for number, expected, nothing in zip(found[2.0], truth, found[0.0], strict=True):
+        low, high = number.interval or (0, 0)
+        assert 0 < low < expected < high
+        assert low < (number.value or 0) < high
+        assert (number.definition["against"], number.definition["num_members"]) == ("loss", 500)
+        low, high = nothing.interval or (1, 1)
+        assert low <= 0 <= high
 
 
 class ClosedFormShadows(LiRA):
@@ -109,6 +136,10 @@ def test_closed_form_shadows_give_the_members_away_and_the_target_is_not_among_t
     lira = records["attack/lira/tpr_at_0.01", "fixed"].value
     assert gain.value == pytest.approx((lira or 0) - roc(own[:, 0], other[:, 0]).tpr_at(0.01))
     assert gain.definition["against"] == "loss"
+    assert records["attack/lira/auc_gain", "fixed"].value == pytest.approx(auc.value - roc(own[:, 0], other[:, 0]).auc)
+    shown = Console(width=120, record=True)
+    shown.print(attack.table(list(records.values())))
+    assert "LiRA" in shown.export_text()
     # a coin dealt the pool out to sides, and the target saw neither: shadows know no more than the coin
     attack.splits = [half(seed) for seed in range(8)]
     attack._shadows = []
@@ -151,6 +182,24 @@ def test_shadows_are_run_folders_that_say_their_images() -> None:
     assert attack.loss.times == [20, 60]
     with pytest.raises(ValueError, match=r"victim has no members.json: a shadow is the run folder"):
         LiRA(["one", "victim"]).read_shadows()
+
+
+def test_the_least_number_of_shadows_leaves_no_image_of_a_pool_without_one_as_often_as_not() -> None:
+    draw = np.random.default_rng(0)
+
+    def enough(count: int, images: int, mode: Any, variance: Any) -> float:
+        """Share of pools of random halves in which every image has enough."""
+        least, hits = 2 if variance == "per_image" else 1, 0
+        for _ in range(300):
+            with_it = (draw.random((count, images)) < 0.5).sum(0)
+            hits += ((count - with_it >= least) & ((with_it >= least) | (mode == "offline"))).all()
+        return hits / 300
+
+    for mode, variance in (("online", "global"), ("offline", "global"), ("online", "per_image")):
+        found = least_shadows(60, mode, variance)  # type: ignore[arg-type]
+        assert enough(found, 60, mode, variance) > 0.42
+        assert enough(found - 1, 60, mode, variance) < 0.58
+    assert least_shadows(1024) == 12
 
 
 def test_too_few_shadows_are_refused() -> None:

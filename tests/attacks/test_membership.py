@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from rich.console import Console
@@ -21,7 +22,7 @@ from lightning_mem.attacks.membership_scores import (
     calibration_scores,
     fitted_accuracy,
     mean_of_shares,
-    paired_gain,
+    paired_gains,
     unresolved,
 )
 from lightning_mem.diffusion import DiffusionProcess, EmpiricalDenoiser, Target
@@ -124,17 +125,41 @@ def test_the_interval_of_a_mean_of_two_shares_covers_it() -> None:
     assert mean_of_shares((5, 5), (7, 7))[1] == 1
 
 
-def test_a_gain_is_the_difference_of_two_rates_on_the_same_images() -> None:
+def test_a_gain_is_the_difference_of_two_attacks_on_the_same_images() -> None:
     draw = torch.Generator().manual_seed(0)
-    own, other = torch.randn(200, generator=draw), torch.randn(300, generator=draw)
-    better, worse = (own + 3, other), (own + 1, other)
-    found = paired_gain(better, worse, 0.1, torch.Generator().manual_seed(1), resamples=100)
-    expected = roc(*better).tpr_at(0.1) - roc(*worse).tpr_at(0.1)
-    assert found.value == pytest.approx(expected)
-    assert found.interval is not None
-    assert 0 < found.interval[0] < expected < found.interval[1]
-    same = paired_gain(better, better, 0.1, torch.Generator().manual_seed(1), resamples=20)
-    assert (same.value, same.interval) == (0.0, (0.0, 0.0))
+    own, other = torch.randn(200, generator=draw), torch.randn(300, generator=draw).round(decimals=1)  # with ties
+    better, worse = (own + 3, other), ((own + 1).round(decimals=1), other)
+    area, few, many, all_of_them = paired_gains(better, worse, (0.01, 0.1, 1.0), torch.Generator().manual_seed(1), 100)
+    one, two = roc(*better), roc(*worse)
+    assert area.value == pytest.approx(one.auc - two.auc, abs=1e-12)
+    for rate, number in ((0.01, few), (0.1, many)):
+        assert number.value == pytest.approx(one.tpr_at(rate) - two.tpr_at(rate), abs=1e-12)
+        assert number.name == f"tpr_gain_at_{rate}"
+    assert (all_of_them.value, all_of_them.interval) == (0, (0, 0))
+    for number in (area, few, many):
+        assert number.interval is not None
+        assert 0 < number.interval[0] < (number.value or 0) < number.interval[1]
+    same = paired_gains(better, better, (0.1,), torch.Generator().manual_seed(1), 20)
+    assert [(number.value, number.interval) for number in same] == [(0.0, (0.0, 0.0))] * 2
+    turned = paired_gains(worse, better, (0.1,), torch.Generator().manual_seed(1), 20)
+    assert [number.value for number in turned] == [-(area.value or 0), -(many.value or 0)]
+
+
+def test_the_bootstrap_of_a_gain_is_paired_and_covers_no_gain() -> None:
+    draw = np.random.default_rng(0)
+    covered, widths = 0, []
+    for seed in range(60):
+        shared = [draw.normal(size=n) for n in (80, 120)]  # what makes an image hard for both attacks
+        scores = [[side + 0.3 * draw.normal(size=len(side)) for side in (shared[0] + 1, shared[1])] for _ in range(2)]
+        one, two = ((torch.from_numpy(own), torch.from_numpy(other)) for own, other in scores)
+        area, rate = paired_gains(one, two, (0.1,), torch.Generator().manual_seed(seed), 100)
+        for number in (area, rate):
+            low, high = number.interval or (0, 0)
+            covered += low <= 0 <= high
+        widths.append((area.interval or (0, 0))[1] - (area.interval or (0, 0))[0])
+    assert covered >= 106
+    alone = roc(*one).auc_interval()
+    assert np.mean(widths) < 0.6 * (alone[1] - alone[0])  # unpaired it would be wider than either's own
 
 
 def test_too_few_images_for_a_rate_are_named_with_the_smallest_rate_they_resolve() -> None:

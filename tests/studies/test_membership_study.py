@@ -26,7 +26,7 @@ def study(**changes: Any) -> MembershipStudy:
     at = files()
     options: dict[str, Any] = {
         "config": [str(TINY)], "attack": [at["attacks"]], "num_members": [8, 20], "pool": [at["pool"]],
-        "shadow": [at["shadow"]], "lira": [at["lira"]], "shadows": 3, "seeds": [0, 4],
+        "shadow": [at["shadow"]], "lira": [at["lira"]], "shadows": 7, "seeds": [0, 4],
     }  # fmt: skip
     return MembershipStudy(**{**options, **changes})
 
@@ -37,17 +37,17 @@ def test_shadows_are_trained_on_splits_of_their_own_and_named_to_the_attack() ->
     assert list(rows) == [
         *("target_8_seed0", "attack_8_seed0", "target_20_seed0", "attack_20_seed0"),
         *("target_8_seed4", "attack_8_seed4", "target_20_seed4", "attack_20_seed4"),
-        *("pool_seed0", "shadow00_seed0", "shadow01_seed0", "shadow02_seed0", "lira_seed0"),
+        *("pool_seed0", *(f"shadow0{number}_seed0" for number in range(7)), "lira_seed0"),
     ]
     assert rows["target_20_seed4"].num_members == 20
     halves = [row for row in rows.values() if row.kind in ("pool", "shadow")]
     assert {row.num_members for row in halves} == {12}
-    assert len({row.seed for row in rows.values() if row.verb == "fit" and row.kind != "target"}) == 4
+    assert len({row.seed for row in rows.values() if row.verb == "fit" and row.kind != "target"}) == 8
     assert own.files(rows["shadow01_seed0"]) == [str(TINY), "pool.yaml", "shadow.yaml"]
     lira = rows["lira_seed0"]
     found = own.settings(lira, "runs", {name: Path("runs") / name for name in lira.needs})
     assert found["trainer"]["default_root_dir"] == "runs/pool_seed0"
-    assert found["attack"]["init_args"]["shadows"] == [f"runs/shadow0{number}_seed0" for number in range(3)]
+    assert found["attack"]["init_args"]["shadows"] == [f"runs/shadow0{number}_seed0" for number in range(7)]
     attack = rows["attack_8_seed4"]
     found = own.settings(attack, "runs", {"target_8_seed4": Path("elsewhere")})
     assert (found["trainer"]["default_root_dir"], found["seed_everything"]) == ("elsewhere", 4)
@@ -118,8 +118,10 @@ def test_agreeing_seeds_do_not_make_an_interval_of_nothing(tmp_path: Path) -> No
 def test_what_cannot_be_studied_is_refused() -> None:
     with pytest.raises(ValueError, match=r"num_members must increase .* got \[20, 8\]"):
         study(num_members=[20, 8])
-    with pytest.raises(ValueError, match=r"shadows needs at least 2, .* got 1"):
-        study(shadows=1)
+    with pytest.raises(ValueError, match=r"shadows must be at least 7 for LiRA \(online, global .* pool of 36, got 6"):
+        study(shadows=6)
+    with pytest.raises(ValueError, match=r"shadows needs files for pool and lira, got pool None"):
+        study(pool=None)
     with pytest.raises(ValueError, match=r"all must exist; missing: \['none.yaml'\]"):
         study(lira=["none.yaml"])
     with pytest.raises(ValueError, match="num_members must hold at least one size, or shadows be given"):
