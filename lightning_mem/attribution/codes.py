@@ -21,9 +21,6 @@ UnitKind = Literal["image", "duplicates", "class"]
 MOST_MEMBERS = 66
 """The largest m whose number of codes fits a 64-bit integer."""
 
-CODES_FILE = "codes.json"
-"""The manifest's name in the folder of an ensemble."""
-
 
 def minimum_members(num_units: int) -> int:
     r"""The least m, at least 2, with :math:`\binom{m}{\lfloor m/2 \rfloor} \ge n`: as many codes as units.
@@ -122,16 +119,18 @@ class UnitCodes:
         codes: bool [n, m]: ``codes[i, k]`` where member k was trained on unit i.
         kind: What a unit is.
         seed: Of the codes.
+        members: Names of the members, which are those of their run folders; empty for ``member00``, ``member01`` ...
 
     Raises:
-        ValueError: If there is not one code a unit, two units share a code or an image, a unit is empty, or a member
-            sees nothing.
+        ValueError: If there is not one code a unit, two units share a code or an image, a unit is empty, a member sees
+            nothing, or members have not one name each.
     """
 
     units: tuple[tuple[int, ...], ...]
     codes: Tensor
     kind: UnitKind = "image"
     seed: int = 0
+    members: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(UnitKind):
@@ -141,6 +140,10 @@ class UnitCodes:
                 f"codes must be bool [n, m], one a unit ({len(self.units)}), got {self.codes.dtype} "
                 f"{tuple(self.codes.shape)}"
             )
+        if not self.members:
+            object.__setattr__(self, "members", tuple(f"member{k:02d}" for k in range(self.num_members)))
+        if len(set(self.members)) != self.num_members:
+            raise ValueError(f"members need one name each ({self.num_members}), got {list(self.members)}")
         if len(self.codes.unique(dim=0)) < len(self.codes):
             raise ValueError("two units share a code: leaving one out would leave out the other")
         empty = [number for number, unit in enumerate(self.units) if not unit]
@@ -158,11 +161,16 @@ class UnitCodes:
 
     @classmethod
     def drawn(
-        cls, units: Sequence[Sequence[int]], num_members: int, seed: int = 0, kind: UnitKind = "image"
+        cls,
+        units: Sequence[Sequence[int]],
+        num_members: int,
+        seed: int = 0,
+        kind: UnitKind = "image",
+        members: Sequence[str] = (),
     ) -> "UnitCodes":
         """Codes for these units; see :func:`balanced_codes`."""
         own = tuple(tuple(int(index) for index in unit) for unit in units)
-        return cls(own, balanced_codes(len(own), num_members, seed), kind, seed)
+        return cls(own, balanced_codes(len(own), num_members, seed), kind, seed, tuple(members))
 
     @property
     def num_members(self) -> int:
@@ -212,7 +220,7 @@ class UnitCodes:
         content = {
             "units": self.kind,
             "seed": self.seed,
-            "num_members": self.num_members,
+            "members": list(self.members),
             "digest": self.digest,
             "codes": ["".join("01"[int(bit)] for bit in code) for code in self.codes],
             "indices": [list(unit) for unit in self.units],
@@ -234,7 +242,7 @@ class UnitCodes:
         try:
             codes = torch.tensor([[bit == "1" for bit in code] for code in content["codes"]])
             units = tuple(tuple(unit) for unit in content["indices"])
-            found = cls(units, codes, content["units"], content["seed"])
+            found = cls(units, codes, content["units"], content["seed"], tuple(content["members"]))
         except (KeyError, TypeError) as error:
             raise ValueError(f"{path} is no manifest of codes ({error!r})") from error
         if found.digest != content.get("digest"):

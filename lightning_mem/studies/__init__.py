@@ -2,7 +2,9 @@
 
 from lightning_mem.studies.base import AbstractStudy, ReadConfig, Run, Settings
 from lightning_mem.studies.calibration import ProtectionCalibration
+from lightning_mem.studies.datamodeling import DatamodelingStudy
 from lightning_mem.studies.emm import EffectiveMemorization
+from lightning_mem.studies.ensembles import EnsembleStudy
 from lightning_mem.studies.pooling import (
     PowerLaw,
     fit_power_law,
