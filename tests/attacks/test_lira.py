@@ -61,8 +61,10 @@ def test_the_ratio_is_that_of_two_normal_densities(variance: Any) -> None:
 
 
 def gaussians(n: int, gap: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
-    """Losses of a target and of 64 shadows, N(c_i, 1) without image i and ``gap`` lower with it, the c_i far apart: only
-    shadows see past them. The first half are members."""
+    """Losses of a target, whose members are the first half, and of 64 shadows, and what these were trained with.
+
+    N(c_i, 1) without image i and ``gap`` lower with it; the c_i are far apart: only shadows see past them.
+    """
     draw = torch.Generator().manual_seed(0)
     center = 20 * torch.randn(n, generator=draw)
     trained_with = torch.rand(64, n, generator=draw) < 0.5
