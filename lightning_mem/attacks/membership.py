@@ -83,7 +83,8 @@ class AbstractMembership(AbstractAttack):
         noise_seed: Of noise and split; null takes ``seed_everything``.
 
     Raises:
-        ValueError: If a number is out of range, or the protection does not belong to the target.
+        ValueError: If a number is out of range, or the protection does not belong to the target or changes no denoiser
+            (a rejection of samples).
     """
 
     title: str
@@ -156,7 +157,17 @@ class AbstractMembership(AbstractAttack):
         return digest(target.digest, protection, self.setting, *asked, self.about, self.seed)
 
     def _terms(self, target: Target, count: int) -> Sequence[ScoreTerm]:
-        return () if self.protection is None else self.protection.terms(target, self._path, torch.arange(count))
+        """Of the protection; refuses one that leaves the denoiser as it is, whose arm would be that of none."""
+        if self.protection is None:
+            return ()
+        terms = self.protection.terms(target, self._path, torch.arange(count))
+        if not terms:
+            raise ValueError(
+                f"{type(self.protection).__name__} changes no denoiser, it judges finished samples: {self.title} asks "
+                "the denoiser and has nothing to ask; what such a protection leaves is told by "
+                "lightning_mem.attacks.Protections"
+            )
+        return terms
 
     def scores(
         self, target: Target, images: Sides, arms: Mapping[str, Sequence[ScoreTerm]], workers: Workers

@@ -25,6 +25,7 @@ from lightning_mem.attacks.membership_scores import (
     paired_gains,
     unresolved,
 )
+from lightning_mem.defenses import NearestRejection
 from lightning_mem.diffusion import DiffusionProcess, EmpiricalDenoiser, Target
 from lightning_mem.evaluation import Workers
 from lightning_mem.metrics import roc
@@ -268,6 +269,16 @@ def test_overlap_and_kinds_are_noticed() -> None:
         found = run(attack, heldout=HELDOUT // 4)
     assert next(r.value for r in found if r.name == "attack/pia/shift_p_value") == 0.001
     assert next(r.value for r in run(attack) if r.name == "attack/pia/shift_p_value") > 0.01
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_a_rejection_leaves_nothing_to_ask_and_is_refused_before_anything_is(name: str) -> None:
+    attack = ATTACKS[name](protection=NearestRejection(), noise_seed=0)
+    refused = rf"NearestRejection changes no denoiser, it judges finished samples: {attack.title} .* Protections"
+    with pytest.raises(ValueError, match=refused):
+        attack.identity(closed_form(), "x", Path("x"))
+    with pytest.raises(ValueError, match=refused):
+        attack.tell(closed_form(), (MEMBERS, HELDOUT), Workers())
 
 
 def test_what_cannot_be_asked_is_refused() -> None:
