@@ -65,6 +65,8 @@ class MemorizationDataModule(LightningDataModule):
             and is an error for other sources.
         channels: 1 (grey) or 3 (RGB).
         seed: Decides members, held-out images, labels and the order of batches.
+        split_seed: Decides members, held-out images and labels instead, so that one set is trained on in several
+            orders; null for ``seed``.
         batch_size: Images per optimizer step over *all* processes, so that a recipe does not change with the number
             of GPUs; each process gets an equal share.
         num_workers: Reader processes for sets too large for the training device.
@@ -105,6 +107,7 @@ class MemorizationDataModule(LightningDataModule):
         heldout: str | None = None,
         steps_per_epoch: int | None = None,
         deduplicate: Rule | None = None,
+        split_seed: int | None = None,
     ) -> None:
         super().__init__()
         self.source = source if source is not None else DigitsSource()
@@ -137,6 +140,7 @@ class MemorizationDataModule(LightningDataModule):
             image_size = 8
         self.num_members, self.num_heldout = num_members, num_heldout
         self.image_size, self.channels, self.seed = image_size, channels, seed
+        self.split_seed = seed if split_seed is None else split_seed
         self.batch_size, self.num_workers, self.flip = batch_size, num_workers, flip
         self.duplicates = duplicates if duplicates is not None else Duplicates()
         self.labels, self.num_classes = labels, num_classes
@@ -165,7 +169,7 @@ class MemorizationDataModule(LightningDataModule):
             image_size=self.image_size,
             channels=self.channels,
             mirror=self.flip,
-            seed=self.seed,
+            seed=self.split_seed,
         )
         if passed_over:
             rank_zero_info(f"{passed_over} images equal a member pixel for pixel and cannot be held out: passed over")
@@ -194,15 +198,16 @@ class MemorizationDataModule(LightningDataModule):
         )
         return members.part(stays.nonzero().flatten())
 
-    def _labelled(self, part: ImageSet, num_members: int) -> ImageSet:
+    def _labelled(self, part: ImageSet, num_members: int, source: AbstractSource | None = None) -> ImageSet:
+        """With labels; the indices count in ``source``, where it is not the data module's own."""
         if self.labels == "unique":  # a held-out image has no label of its own: it borrows one
             return replace(part, labels=torch.arange(len(part)) % num_members)
         labels = assign_labels(
             self.labels,
             indices=part.indices.numpy(),
             num_classes=self.num_classes,
-            true_labels=self.source.labels() if self.labels == "true" else None,
-            seed=self.seed,
+            true_labels=(self.source if source is None else source).labels() if self.labels == "true" else None,
+            seed=self.split_seed,
         )
         return replace(part, labels=None if labels is None else torch.from_numpy(labels))
 
@@ -246,6 +251,8 @@ class MemorizationDataModule(LightningDataModule):
     def fresh(self, count: int) -> ImageSet:
         """Images of the source that are neither members, taken out of them, nor held out, in an addressed draw.
 
+        The source of a pool is what the pool was drawn from; indices count there.
+
         What equals a member or a held-out image pixel for pixel (in either orientation, with ``flip``) is passed over,
         so there may be fewer than ``count``.
 
@@ -254,15 +261,16 @@ class MemorizationDataModule(LightningDataModule):
         """
         known = [part for part in (self.members, self.heldout, self.removed) if part is not None]
         taken = torch.cat([part.indices for part in known])
-        rest = torch.randperm(len(self.source), generator=generator(self.seed, "fresh"))
-        rest = rest[~torch.isin(rest, taken)][:count]
-        images = read_images(self.source, rest.numpy(), self.image_size, self.channels)
+        source, places = self.source.whole(taken.numpy())
+        rest = torch.randperm(len(source), generator=generator(self.seed, "fresh"))
+        rest = rest[~torch.isin(rest, torch.from_numpy(places))][:count]
+        images = read_images(source, rest.numpy(), self.image_size, self.channels)
         digests = tuple(image_digest(image) for image in images.numpy())
         seen = {digest for part in known for digest in part.digests}
         if self.flip:
             seen |= {image_digest(image) for part in known for image in part.images.flip(-1).numpy()}
         new = torch.tensor([row for row, digest in enumerate(digests) if digest not in seen], dtype=torch.int64)
-        return self._labelled(ImageSet(images, rest, digests).part(new), len(self.members))
+        return self._labelled(ImageSet(images, rest, digests).part(new), len(self.members), source)
 
     def draw(self, part: ImageSet, count: int, name: str) -> Tensor:
         """Rows of an addressed draw without replacement, ascending; all of them where ``count`` is not smaller."""
@@ -278,6 +286,7 @@ class MemorizationDataModule(LightningDataModule):
             "channels": self.channels,
             "flip": self.flip,
             "seed": self.seed,
+            **({} if self.split_seed == self.seed else {"split_seed": self.split_seed}),
             "labels": self.labels,
             "duplicates": {"count": self.duplicates.count, "times": self.duplicates.times},
             **({} if self.deduplicate is None else {"deduplicate": self.deduplicate}),

@@ -16,8 +16,9 @@ State = Literal["planned", "running", "done", "failed"]
 """``planned``: nothing to show, or stopped on the way; ``running``: a process trains it; ``done``; ``failed``: its
 process ended with an error, which ``reason`` repeats."""
 
-Verb = Literal["fit", "attack"]
-"""What a row runs: a training into a run folder, or an attack on one, whose results have a folder of their own."""
+Verb = Literal["fit", "attack", "attribute"]
+"""What a row runs: a training into a run folder, or an attack or attribution on one, whose results have a folder of
+their own."""
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
@@ -39,14 +40,15 @@ class Row:
         num_members: How many images are drawn; null with ``members``.
         members: File of source indices, as for ``data.members``; null with ``num_members``.
         overrides: Further settings of its verb, nested as in a YAML file.
-        verb: See :data:`Verb`. An attack reads its settings over the configuration of the first row it needs.
+        verb: See :data:`Verb`. An attack or attribution reads its settings over the configuration of the first row it
+            needs.
         needs: Names of rows that must be done before: its settings name their folders. Such a row may leave out
             num_members and members: the recipe, or what it builds on, says them.
         kind: A word of the study's own, by which it tells its rows apart.
 
     Raises:
         ValueError: If the name cannot be a folder's, not exactly one of num_members and members is given, or an attack
-            needs no row or names members.
+            or attribution needs no row or names members.
     """
 
     name: str
@@ -67,10 +69,10 @@ class Row:
             raise ValueError(
                 f"row {self.name} needs num_members or members, one of them, got {self.num_members} and {self.members}"
             )
-        if self.verb == "attack" and (given or not self.needs):
+        if self.verb != "fit" and (given or not self.needs):
             raise ValueError(
-                f"row {self.name} is an attack: it needs the row that it attacks, which has the members, got needs "
-                f"{list(self.needs)}, num_members {self.num_members} and members {self.members}"
+                f"row {self.name} is no training ({self.verb}): it needs the row that it acts on, which has the "
+                f"members, got needs {list(self.needs)}, num_members {self.num_members} and members {self.members}"
             )
 
     def settings(self, folder: str | Path) -> dict[str, Any]:
@@ -81,7 +83,7 @@ class Row:
         """
         place = str(Path(folder) / self.name)
         own: dict[str, Any] = {"seed_everything": self.seed}
-        if self.verb == "attack":
+        if self.verb != "fit":
             return merge(self.overrides, {**own, "out": place})
         own["data"] = {"seed": self.seed}
         if self.num_members is not None or self.members is not None:

@@ -63,6 +63,10 @@ class PoolSource(AbstractSource):
         """One image; see :class:`AbstractSource`."""
         return self.source.read(int(self.places[self._checked(index)]), image_size, channels)
 
+    def whole(self, indices: np.ndarray) -> tuple[AbstractSource, np.ndarray]:
+        """What the pool was drawn from; see :class:`AbstractSource`."""
+        return self.source.whole(self.places[indices])
+
     def labels(self) -> np.ndarray | None:
         """True labels of the pool's images."""
         found = self.source.labels()

@@ -113,6 +113,10 @@ class AbstractSource(ABC):
         """True labels, int64 [N] in [0, num_classes); None when there are none."""
         return None
 
+    def whole(self, indices: np.ndarray) -> tuple["AbstractSource", np.ndarray]:
+        """The source that this one is a part of, and where these images, int64 [n], stand there; itself for no part."""
+        return self, indices
+
     def describe(self) -> str:
         """One line for the start of a run: what it is, how many images, how many true labels."""
         classes = "no true labels" if self.num_classes is None else f"{self.num_classes} true labels"

@@ -39,7 +39,7 @@ def run_row(verb: str, options: Sequence[str], log: Path, stop: Stop, lock: int,
     """Run ``python -m lightning_mem <verb>`` with these options to its end.
 
     Args:
-        verb: ``fit`` or ``attack``.
+        verb: ``fit``, ``attack`` or ``attribute``.
         options: Of the verb.
         log: File that everything it prints is added to.
         stop: Told about the process, so that a signal reaches it.

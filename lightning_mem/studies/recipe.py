@@ -28,24 +28,29 @@ LOOKING_ON = {"Gallery", "ModelCheckpoint", "RichProgressBar", "TQDMProgressBar"
 
 SURROGATE = "SurrogateModule"
 
-PARENTS = {"target", "surrogate", "time_independent", "random_label", "shadows"}
-"""Keys whose value is the folder of a run that this one builds on, or a list of them: a run counts by what made it, not
+PARENTS = {"target", "surrogate", "time_independent", "random_label", "shadows", "subsets"}
+"""Keys whose value is the folder of a run that this one builds on, or lists of them: a run counts by what made it, not
 by its place."""
 
 OF_THE_PROCESS = {"config", "out", "trainer", "weights_only"}
-"""Settings of an attack that say where it happens; its Trainer names the run folder of its target, a parent."""
+"""Settings of an attack or attribution that say where it happens; its Trainer names the run folder of its target, a
+parent."""
+
+
+ARGUMENTS: dict[Verb, str] = {"attack": "attack", "attribute": "attribution"}
+"""The argument that tells a configuration of this verb from one of ``fit``."""
 
 
 def verb_of(config: Mapping[str, Any]) -> Verb:
     """Whose configuration it is."""
-    return "attack" if "attack" in config else "fit"
+    return next((verb for verb, argument in ARGUMENTS.items() if argument in config), "fit")
 
 
 def deciding(config: Mapping[str, Any], identify: Callable[[str], str] = str) -> dict[str, Any]:
     """The part of a complete configuration that decides the numbers; files of indices by their content.
 
     Args:
-        config: Of ``fit`` or ``attack``.
+        config: Of a row's verb.
         identify: What stands for the folder of a run that this one builds on.
 
     Raises:
@@ -56,7 +61,7 @@ def deciding(config: Mapping[str, Any], identify: Callable[[str], str] = str) ->
         if data.get(part) is not None:
             data[part] = digest(read_indices(data[part], part))
     found: dict[str, Any] = {"seed": config["seed_everything"], "model": config["model"], "data": data}
-    if verb_of(config) == "attack":
+    if verb_of(config) != "fit":
         passed = {*found, *OF_THE_PROCESS, "seed_everything"}
         own = {key: value for key, value in config.items() if key not in passed}
         return _identified({**found, **own, "target": config["trainer"]["default_root_dir"]}, identify)
@@ -133,11 +138,11 @@ def data_digest_in(folder: Path) -> str:
 
 
 def is_finished(folder: Path, verb: Verb = "fit") -> bool:
-    """Whether the verb came to its end there; a study writes the configuration of an attack when it has."""
+    """Whether the verb came to its end there; a study writes the configuration of other verbs than ``fit`` then."""
     return (folder / "config.yaml").is_file() and (folder / LAST_FILE[verb]).is_file()
 
 
-LAST_FILE: dict[Verb, str] = {"fit": "summary.json", "attack": "results.jsonl"}
+LAST_FILE: dict[Verb, str] = {"fit": "summary.json", "attack": "results.jsonl", "attribute": "results.jsonl"}
 """What a verb leaves behind at its end."""
 
 PARENTS_FILE = "parents.json"
@@ -163,7 +168,7 @@ class FinishedRuns:
                     continue
                 config = yaml.safe_load(path.read_text())
                 verb = verb_of(config)
-                if is_finished(folder, verb) and (verb == "attack" or (folder / "members.json").is_file()):
+                if is_finished(folder, verb) and (verb != "fit" or (folder / "members.json").is_file()):
                     self._folders[self._key(config)].append(folder)
 
     @staticmethod

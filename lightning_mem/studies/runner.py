@@ -126,7 +126,7 @@ class Work:
         """Options of a row's verb; its own settings as text, or in the file that :meth:`_write` wrote."""
         row, files = entry.row, self.study.files(entry.row)
         own = yaml.safe_dump(self._settings(entry), sort_keys=False)
-        if row.verb == "attack":  # its target may still have to be trained
+        if row.verb != "fit":  # its target may still have to be trained
             target = row.needs[0]
             first = yaml.safe_dump(self.configs[target]) if text else f"{self.plan[target].folder}/config.yaml"
             files = [first, *files]
@@ -198,8 +198,8 @@ class Work:
         begun = time.monotonic()
         code = run_row(row.verb, options, self.log(entry), stop, lock, look)
         self.plan.update(row.name, seconds=round(entry.seconds + time.monotonic() - begun, 1))
-        if code == 0 and row.verb == "attack" and (own / LAST_FILE["attack"]).is_file():
-            with atomic_write(own / "config.yaml") as file:  # says that the attack is complete, and which it is
+        if code == 0 and row.verb != "fit" and (own / LAST_FILE[row.verb]).is_file():
+            with atomic_write(own / "config.yaml") as file:  # says that the row is complete, and which it is
                 yaml.safe_dump(self.configs[row.name], file, sort_keys=False)
         if code == 0 and is_finished(own, row.verb):
             self._finished.note_parents(self.configs[row.name], own)
@@ -241,9 +241,10 @@ class Work:
             row, place = entry.row, Path(entry.folder)
             state = "reused" if entry.state == "done" and place != self.folder / row.name else entry.state
             table.add_row(row.name, row.verb, state, self._steps(entry) if row.verb == "fit" else "", str(place))
-        fits = sum(entry.row.verb == "fit" for entry in missing)
-        attacks = f" and {len(missing) - fits} attacks" if len(missing) > fits else ""
-        table.caption = f"{len(self.plan)} rows, {fits} trainings{attacks} to do; time: {self._time(missing)}"
+        words = {"fit": "trainings", "attack": "attacks", "attribute": "attributions"}
+        counts = {verb: sum(entry.row.verb == verb for entry in missing) for verb in words}
+        to_do = " and ".join(f"{counts[verb]} {word}" for verb, word in words.items() if counts[verb] or verb == "fit")
+        table.caption = f"{len(self.plan)} rows, {to_do} to do; time: {self._time(missing)}"
         return table
 
     def _steps(self, entry: Entry) -> str:
