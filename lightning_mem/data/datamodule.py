@@ -12,6 +12,7 @@ from torch import Tensor
 from lightning_mem.data.batches import EvaluationBlocks, TrainBatches
 from lightning_mem.data.deduplicate import DuplicateGroup, Rule, check_rule, duplicate_groups, write_duplicates
 from lightning_mem.data.labels import LabelRule, assign_labels, classes_of
+from lightning_mem.data.listed import ListedSource, listed_split
 from lightning_mem.data.sources import AbstractSource, DigitsSource
 from lightning_mem.data.split import ImageSet, draw_split, image_digest, read_images, write_members
 from lightning_mem.randomness import generator
@@ -60,7 +61,8 @@ class MemorizationDataModule(LightningDataModule):
     Args:
         source: Where images come from; by default scikit-learn's handwritten digits.
         num_members: How many images are trained on; null for all that are not held out.
-        num_heldout: How many images of the same source are never trained on; they are the control.
+        num_heldout: How many images of the same source are never trained on; they are the control. null, for all, is
+            for a source that lists them itself (:class:`ListedSource`).
         image_size: Side in pixels; other sizes are resized (short side) and centre-cropped. null takes 8 for digits
             and is an error for other sources.
         channels: 1 (grey) or 3 (RGB).
@@ -93,7 +95,7 @@ class MemorizationDataModule(LightningDataModule):
         self,
         source: AbstractSource | None = None,
         num_members: int | None = None,
-        num_heldout: int = 512,
+        num_heldout: int | None = 512,
         image_size: int | None = None,
         channels: int = 1,
         seed: int = 0,
@@ -124,6 +126,17 @@ class MemorizationDataModule(LightningDataModule):
         if members is not None and num_members is not None:
             raise ValueError(
                 f"give num_members or members, not both; got {num_members} and {members!r} (--data.num_members null)"
+            )
+        if isinstance(self.source, ListedSource):
+            if members is not None or heldout is not None:
+                raise ValueError(
+                    "members and heldout are files of indices, but the source lists both sides itself: leave them "
+                    f"null, got {members!r} and {heldout!r}"
+                )
+        elif num_heldout is None:
+            raise ValueError(
+                f"num_heldout null takes all held-out images of a ListedSource; a {type(self.source).__name__} lists "
+                "none: say how many to hold out"
             )
         if deduplicate is not None:
             check_rule(deduplicate)
@@ -160,19 +173,7 @@ class MemorizationDataModule(LightningDataModule):
         if self._sets is not None:
             return
         self.source.open()
-        members, heldout, passed_over = draw_split(
-            self.source,
-            num_members=self.num_members,
-            num_heldout=self.num_heldout,
-            members=self.members_file,
-            heldout=self.heldout_file,
-            image_size=self.image_size,
-            channels=self.channels,
-            mirror=self.flip,
-            seed=self.split_seed,
-        )
-        if passed_over:
-            rank_zero_info(f"{passed_over} images equal a member pixel for pixel and cannot be held out: passed over")
+        members, heldout = self._split()
         if self.duplicates.total > len(members):
             named = " x ".join(str(part) for part in (self.duplicates.count, len(self.duplicates.levels)) if part != 1)
             raise ValueError(f"duplicates.count is {named or 1}, but there are {len(members)} members")
@@ -185,6 +186,20 @@ class MemorizationDataModule(LightningDataModule):
             source_classes=self.source.num_classes,
         )
         self._sets = (self._labelled(members, len(members)), self._labelled(heldout, len(members)))
+
+    def _split(self) -> tuple[ImageSet, ImageSet]:
+        """Both sets: as the source lists them, or drawn from it."""
+        options: dict[str, Any] = {
+            "num_members": self.num_members, "image_size": self.image_size, "channels": self.channels,
+            "mirror": self.flip, "seed": self.split_seed,
+        }  # fmt: skip
+        if isinstance(self.source, ListedSource):
+            return listed_split(self.source, num_heldout=self.num_heldout, **options)
+        files = {"members": self.members_file, "heldout": self.heldout_file}
+        members, heldout, passed_over = draw_split(self.source, num_heldout=self.num_heldout or 0, **files, **options)
+        if passed_over:
+            rank_zero_info(f"{passed_over} images equal a member pixel for pixel and cannot be held out: passed over")
+        return members, heldout
 
     def _deduplicated(self, members: ImageSet, rule: Rule) -> ImageSet:
         """The members without those that another one stands for."""
@@ -226,6 +241,18 @@ class MemorizationDataModule(LightningDataModule):
         """Members that ``deduplicate`` took out: neither trained on nor unseen; null without it."""
         self._both()
         return self._removed
+
+    def captions(self) -> tuple[list[str], list[str]] | None:
+        """What every member and every held-out image is captioned; null where the source has no captions.
+
+        Raises:
+            ValueError: If one is missing; it names file and row.
+        """
+        found = self.source.captions()
+        if found is None:
+            return None
+        members, heldout = ([found[index] for index in part.indices.tolist()] for part in self._both())
+        return members, heldout
 
     def _both(self) -> tuple[ImageSet, ImageSet]:
         if self._sets is None:

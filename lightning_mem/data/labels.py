@@ -16,7 +16,8 @@ def classes_of(rule: LabelRule, *, num_classes: int | None, num_members: int, so
 
     Args:
         rule: ``none``, ``true``, ``random``, ``unique`` or ``binary``.
-        num_classes: The user's setting. Needed for ``random``; elsewhere None, or the number the rule leads to anyway.
+        num_classes: The user's setting. Needed for ``random``; with ``true`` it may be larger than the source's, for a
+            model that knows more classes than the images show; elsewhere None, or the number the rule leads to anyway.
         num_members: Number of labelled images, which ``unique`` gives one class each.
         source_classes: Number of true labels of the source; None when it has none.
 
@@ -33,6 +34,8 @@ def classes_of(rule: LabelRule, *, num_classes: int | None, num_members: int, so
         raise ValueError(
             "labels: true needs a source with true labels, this one has none: choose none, random, unique or binary"
         )
+    if rule == "true" and num_classes is not None and source_classes is not None and num_classes >= source_classes:
+        return num_classes
     own = {"none": None, "true": source_classes, "unique": num_members, "binary": 2}[rule]
     if num_classes is not None and num_classes != own:
         result = "no labels" if own is None else f"{own} classes"

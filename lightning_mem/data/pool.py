@@ -1,6 +1,7 @@
 """A pool: some images of a source as a source of their own, so that seeded half splits of it can be drawn."""
 
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -71,3 +72,12 @@ class PoolSource(AbstractSource):
         """True labels of the pool's images."""
         found = self.source.labels()
         return None if found is None else found[self.places]
+
+    def captions(self) -> list[str] | None:
+        """Captions of the pool's images."""
+        found = self.source.captions()
+        return None if found is None else [found[place] for place in self.places.tolist()]
+
+    def file(self, index: int) -> Path | None:
+        """The source's."""
+        return self.source.file(int(self.places[self._checked(index)]))

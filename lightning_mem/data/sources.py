@@ -117,6 +117,26 @@ class AbstractSource(ABC):
         """The source that this one is a part of, and where these images, int64 [n], stand there; itself for no part."""
         return self, indices
 
+    def captions(self) -> list[str] | None:
+        """What each image is captioned; None when there are no captions."""
+        return None
+
+    def file(self, index: int) -> Path | None:
+        """The file that image ``index`` is read from; None when images are no files."""
+        return None
+
+    def size(self, index: int) -> tuple[int, int] | None:
+        """Short and long side of an image as it is stored; of a file only the header is read. None where unknown."""
+        file = self.file(index)
+        if file is None:
+            return None
+        with Image.open(file) as image:
+            return min(image.size), max(image.size)
+
+    def where(self, index: int) -> str:
+        """What a message calls an image: its file, or its place."""
+        return str(self.file(index) or f"image {index} of {self.name}")
+
     def describe(self) -> str:
         """One line for the start of a run: what it is, how many images, how many true labels."""
         classes = "no true labels" if self.num_classes is None else f"{self.num_classes} true labels"
@@ -220,6 +240,11 @@ class ArraySource(AbstractSource):
     def read(self, index: int, image_size: int, channels: int) -> np.ndarray:
         """One image; see :meth:`AbstractSource.read`."""
         return fit_image(self._arrays[0][self._checked(index)], image_size, channels)
+
+    def size(self, index: int) -> tuple[int, int]:
+        """Of the array: all images have one."""
+        sides = self._arrays[0].shape[1:3]
+        return min(sides), max(sides)
 
     def labels(self) -> np.ndarray | None:
         """The labels in the file, int64 [N]; None when it holds none."""

@@ -94,6 +94,7 @@ def test_an_index_beyond_the_true_labels_is_refused():
         ("none", None, None),
         ("true", None, 10),
         ("true", 10, 10),
+        ("true", 1000, 1000),
         ("random", 4, 4),
         ("unique", None, 32),
         ("binary", None, 2),
