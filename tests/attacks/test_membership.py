@@ -274,7 +274,7 @@ def test_overlap_and_kinds_are_noticed() -> None:
 @pytest.mark.parametrize("name", ATTACKS)
 def test_a_rejection_leaves_nothing_to_ask_and_is_refused_before_anything_is(name: str) -> None:
     attack = ATTACKS[name](protection=NearestRejection(), noise_seed=0)
-    refused = rf"NearestRejection changes no denoiser, it judges finished samples: {attack.title} .* Protections"
+    refused = rf"NearestRejection changes no denoiser, it judges finished samples: {attack.title} .*Protections"
     with pytest.raises(ValueError, match=refused):
         attack.identity(closed_form(), "x", Path("x"))
     with pytest.raises(ValueError, match=refused):
