@@ -16,7 +16,12 @@ from lightning_mem.studies.recipe import deciding, parents_of
 
 
 def files() -> dict[str, str]:
-    own = {"pool": {"data": {"num_members": 12}}, "shadow": {}, "attacks": {}, "lira": {}}
+    protection = {"class_path": "CPSampleProtection", "init_args": {"tol": 0.5}}
+    own = {
+        "pool": {"data": {"num_members": 12}}, "shadow": {}, "attacks": {}, "lira": {},
+        "repeated": {"data": {"num_members": 10, "duplicates": {"count": 2, "times": [2, 4]}}},
+        "extraction": {}, "labels": {}, "protected": {"attack": {"init_args": {"protection": protection}}},
+    }  # fmt: skip
     for name, content in own.items():
         Path(f"{name}.yaml").write_text(yaml.safe_dump(content))
     return {name: f"{name}.yaml" for name in own}
@@ -52,6 +57,53 @@ def test_shadows_are_trained_on_splits_of_their_own_and_named_to_the_attack() ->
     found = own.settings(attack, "runs", {"target_8_seed4": Path("elsewhere")})
     assert (found["trainer"]["default_root_dir"], found["seed_everything"]) == ("elsewhere", 4)
     assert "attack" not in found
+
+
+def test_repeats_are_trained_on_once_and_extracted_with_and_without_protection() -> None:
+    at = files()
+    repeats = {"repeated": [at["repeated"]], "extraction": [at["extraction"]]}
+    shield = {"random_label": [at["labels"]], "protected": [at["protected"]]}
+    own = study(num_members=[], shadows=0, seeds=[4], **repeats, **shield)
+    rows = {row.name: row for row in own.rows()}
+    assert list(rows) == ["repeated_seed4", "extraction_seed4", "labels_seed4", "protected_seed4"]
+    assert rows["repeated_seed4"].num_members == 10
+    assert own.files(rows["repeated_seed4"]) == [str(TINY), "repeated.yaml"]
+    assert own.files(rows["protected_seed4"]) == ["extraction.yaml", "protected.yaml"]
+    needed = {name: Path("else") / name for name in rows}
+    labels = own.settings(rows["labels_seed4"], "runs", needed)
+    assert labels["model"]["init_args"]["target"] == "else/repeated_seed4"
+    assert (labels["data"]["num_members"], labels["data"]["seed"]) == (10, 4)
+    attack = own.settings(rows["protected_seed4"], "runs", needed)
+    assert attack["trainer"]["default_root_dir"] == "else/repeated_seed4"
+    protection = attack["attack"]["init_args"]["protection"]
+    assert protection == {
+        "class_path": "CPSampleProtection", "init_args": {"tol": 0.5, "random_label": "else/labels_seed4"},
+    }  # fmt: skip
+    assert "attack" not in own.settings(rows["extraction_seed4"], "runs", needed)
+    for part in ({"repeated": [at["repeated"]]}, {**repeats, "protected": [at["protected"]]}, shield):
+        with pytest.raises(ValueError, match="random_label and protected need each other and repeated"):
+            study(**part)
+
+
+def test_repeats_are_reported_by_protection(tmp_path: Path) -> None:
+    at = files()
+    own = study(num_members=[], shadows=0, repeated=[at["repeated"]], extraction=[at["extraction"]])
+    about = {"rule": "rms_l2", "cut": 0.15, "attacker": "none"}
+    runs = [run("repeated", 0, [record("memorization/ratio", 0.3)])]
+    for row, protection, shares in (("extraction", "none", (0.1, 0.8)), ("protected", "cpsample", (0.05, 0.25))):
+        by = [
+            record(
+                "attack/extraction/images_by_repeats", share, **{**about, "protection": protection, "repeats": times}
+            )
+            for times, share in zip((1, 8), shares, strict=True)
+        ]
+        runs.append(run(row, 0, by))
+    found = own.report(runs, tmp_path)
+    assert {(r.definition["training"], r.definition["num_members"]) for r in found} == {("repeated", 10)}
+    table = (tmp_path / "membership.md").read_text()
+    assert "| protection | rule | 1 times | 8 times |" in table
+    assert "| cpsample | rms_l2 0.15 | 0.050 [0.000, 0.100] | 0.250" in table
+    assert (tmp_path / "repeats.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_lira_counts_by_what_made_its_shadows_wherever_they_lie() -> None:
@@ -124,5 +176,5 @@ def test_what_cannot_be_studied_is_refused() -> None:
         study(pool=None)
     with pytest.raises(ValueError, match=r"all must exist; missing: \['none.yaml'\]"):
         study(lira=["none.yaml"])
-    with pytest.raises(ValueError, match="num_members must hold at least one size, or shadows be given"):
+    with pytest.raises(ValueError, match="num_members must hold at least one size, or shadows or repeated be given"):
         study(num_members=[], shadows=0)
