@@ -4,12 +4,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.func import functional_call, grad, vmap
+from torch import Tensor
 
 from lightning_mem.attacks.membership import AbstractMembership
 from lightning_mem.attacks.query import Query, ask_images
 from lightning_mem.diffusion import ScoreTerm, Target
+from lightning_mem.diffusion.gradients import Gradient, per_example_gradients
 from lightning_mem.diffusion.sampling import network_of
 from lightning_mem.evaluation import Workers
 from lightning_mem.randomness import generator
@@ -91,39 +91,20 @@ class GradientNorm(AbstractMembership):
         network = network_of(query.target.denoiser)
         if network is None or not any(True for _ in network.parameters()):
             raise ValueError("the gradient-norm attack needs a target with a network: a closed form has no parameters")
-        called = _Called(query, network)
-        parameters = {key: value.detach() for key, value in called.named_parameters()}
+        alpha_bar = float(query.process.alpha_bar[at])
         draws = [
             [generator(self.seed, "loss", name, int(row), at, number) for number in range(self.num_draws)]
             for row in rows
         ]
         shape = query.target.shape
         eps = torch.stack([torch.stack([torch.randn(shape, generator=draw) for draw in own]) for own in draws])
-        eps = eps.to(x0.device)
 
-        def loss(values: Mapping[str, Tensor], clean: Tensor, noise: Tensor) -> Tensor:
-            found: Tensor = functional_call(called, dict(values), (clean, noise, at))
-            return found
+        def loss(clean: Tensor, noise: Tensor) -> Tensor:
+            """Mean squared error over draws and values; clean [C, H, W], noise [K, C, H, W]."""
+            x_t = alpha_bar**0.5 * clean + (1 - alpha_bar) ** 0.5 * noise
+            return (query(x_t, at, torch.zeros(len(noise), dtype=torch.int64)) - noise).square().mean()
 
-        def norm(clean: Tensor, noise: Tensor) -> Tensor:
-            gradients = grad(loss)(parameters, clean, noise)
-            squares = torch.stack([gradient.double().square().sum() for gradient in gradients.values()])
-            return squares.sum().sqrt()
+        def norm(gradient: Gradient) -> Tensor:
+            return torch.stack([part.double().square().sum() for part in gradient.values()]).sum().sqrt()
 
-        found: Tensor = vmap(norm, chunk_size=self.images_at_once)(x0, eps)
-        return found.detach()
-
-
-class _Called(nn.Module):
-    """The loss of one image as a module, so that its network can be called with other parameters."""
-
-    def __init__(self, query: Query, network: nn.Module) -> None:
-        super().__init__()
-        self.network, self.query = network, query
-
-    def forward(self, clean: Tensor, noise: Tensor, at: int) -> Tensor:
-        """Mean squared error over draws and values; clean [C, H, W], noise [K, C, H, W]."""
-        alpha_bar = float(self.query.process.alpha_bar[at])
-        x_t = alpha_bar**0.5 * clean + (1 - alpha_bar) ** 0.5 * noise
-        rows = torch.zeros(len(noise), dtype=torch.int64)
-        return (self.query(x_t, at, rows) - noise).square().mean()
+        return per_example_gradients(network, loss, x0, eps.to(x0.device), chunk_size=self.images_at_once, then=norm)
