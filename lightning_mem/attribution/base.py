@@ -26,25 +26,27 @@ class Queries:
         images: uint8 [Q, C, H, W], pixels.
         kind: Where they come from; see :data:`QueryKind`.
         addresses: int64 [Q]: sample numbers, or rows of what they were read from.
+        labels: int64 [Q]: what each was drawn under, or its own label; null where there are none. A class-conditional
+            target needs them.
 
     Raises:
-        ValueError: If the images are no uint8 stack with at least one image, the addresses are not one per image, or
-            the kind is unknown.
+        ValueError: If the images are no uint8 stack with at least one image, addresses or labels are not one per
+            image, or the kind is unknown.
     """
 
     images: Tensor
     kind: QueryKind
     addresses: Tensor
+    labels: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.images.dtype != torch.uint8 or self.images.ndim != 4 or len(self.images) < 1:
             raise ValueError(
                 f"queries must be uint8 [Q, C, H, W] with Q >= 1, got {self.images.dtype} {tuple(self.images.shape)}"
             )
-        if self.addresses.shape != (len(self.images),):
-            raise ValueError(
-                f"addresses must have one entry per query ({len(self.images)}), got {tuple(self.addresses.shape)}"
-            )
+        for name, rows in (("addresses", self.addresses), ("labels", self.labels)):
+            if rows is not None and rows.shape != (len(self.images),):
+                raise ValueError(f"{name} must have one entry per query ({len(self.images)}), got {tuple(rows.shape)}")
         if self.kind not in get_args(QueryKind):
             raise ValueError(f"kind must be one of {', '.join(get_args(QueryKind))}, got {self.kind!r}")
 
