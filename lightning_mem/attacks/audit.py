@@ -1,12 +1,13 @@
 """Several attacks on one target, by one configuration."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from rich.table import Table
 
 from lightning_mem.attacks.base import AbstractAttack
+from lightning_mem.attacks.conditions import Captions
 from lightning_mem.diffusion import Target
 from lightning_mem.evaluation import Reference, Scene
 from lightning_mem.records import Record, digest, read_records, write_records
@@ -35,6 +36,11 @@ class Audit(AbstractAttack):
         self.threat_model = "\n".join(attack.threat_model for attack in attacks)
         self._folders: list[str] = []
         self._counts: list[int] = []
+
+    def prepare(self, target: Target, captions: Callable[[], Captions | None]) -> None:
+        """Every attack's; see :class:`AbstractAttack`."""
+        for attack in self.attacks:
+            attack.prepare(target, captions)
 
     def identity(self, target: Target, path: str, home: Path) -> str:
         """Digest of the attacks' own; see :class:`AbstractAttack`."""

@@ -1,11 +1,12 @@
 """What attacks share."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rich.table import Table
 
+from lightning_mem.attacks.conditions import Captions
 from lightning_mem.diffusion import Target
 from lightning_mem.evaluation import Scene
 from lightning_mem.evaluation.table import records_table
@@ -22,6 +23,17 @@ class AbstractAttack(ABC):
 
     name: str
     threat_model: str
+
+    def prepare(self, target: Target, captions: Callable[[], Captions | None]) -> None:  # noqa: B027  most need none
+        """Take the captions of the data, before anything is drawn; called before :meth:`identity`.
+
+        Args:
+            target: What will be attacked.
+            captions: Reads those of members and held-out images; null where the data have none.
+
+        Raises:
+            ValueError: If captions are needed, and there are none, or one is missing.
+        """
 
     @abstractmethod
     def identity(self, target: Target, path: str, home: Path) -> str:

@@ -10,6 +10,7 @@ from typing import Any, Literal, Self, get_args
 import torch
 from torch import Tensor
 
+from lightning_mem.attacks.conditions import Rule
 from lightning_mem.attacks.loss import LossAttack
 from lightning_mem.attacks.loss_scores import RATES
 from lightning_mem.attacks.membership import AbstractMembership, Told
@@ -78,6 +79,7 @@ class LiRA(AbstractMembership):
         candidates: Timesteps that the calibrated attacker picks from; null for ``timesteps``.
         curve: Timesteps of ``auc_curve``; null for none.
         noise_seed: Of noise and split; null takes ``seed_everything``.
+        condition: Of text-to-image models; see :class:`AbstractMembership`.
 
     Raises:
         ValueError: If a number is out of range, a folder holds no shadow, or an image has too few shadows.
@@ -111,8 +113,9 @@ class LiRA(AbstractMembership):
         candidates: list[int] | None = None,
         curve: list[int] | None = None,
         noise_seed: int | None = None,
+        condition: Rule | None = None,
     ) -> None:
-        super().__init__(None, "", timesteps, candidates, curve, noise_seed)
+        super().__init__(None, "", timesteps, candidates, curve, noise_seed, condition)
         for word, value, legal in (("mode", mode, get_args(Mode)), ("variance", variance, get_args(Variance))):
             if value not in legal:
                 raise ValueError(f"{word} must be {' or '.join(legal)}, got {value!r}")
@@ -175,6 +178,7 @@ class LiRA(AbstractMembership):
         self, target: Target, images: Tensor, arms: Mapping[str, Sequence[ScoreTerm]], name: str, workers: Workers
     ) -> dict[str, Tensor]:
         """The losses of one model, target or shadow; see :class:`AbstractMembership`."""
+        self.loss.conditions = self.conditions
         return self.loss.side_errors(target, images, arms, name, workers)
 
     def extra_numbers(self, told: Told, p_value: float) -> list[Number]:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_mem.attacks.conditions import Rule
 from lightning_mem.attacks.loss_scores import reconstruction_losses
 from lightning_mem.attacks.membership import AbstractMembership, Told
 from lightning_mem.diffusion import ScoreTerm, Target
@@ -37,6 +38,7 @@ class LossAttack(AbstractMembership):
         curve: Timesteps of ``auc_curve``; null for none.
         flips: Average over an image and its mirror image, each at its own noise.
         spread: Average over t - spread, t and t + spread, as far as they lie in the schedule; 0 for t alone.
+        condition: Of text-to-image models; see :class:`AbstractMembership`.
 
     Raises:
         ValueError: If a number is out of range, or the protection does not belong to the target.
@@ -70,8 +72,9 @@ class LossAttack(AbstractMembership):
         curve: list[int] | None = None,
         flips: bool = False,
         spread: int = 0,
+        condition: Rule | None = None,
     ) -> None:
-        super().__init__(protection, setting, timesteps, candidates, curve, noise_seed)
+        super().__init__(protection, setting, timesteps, candidates, curve, noise_seed, condition)
         for word, least, value in (("num_draws", 1, num_draws), ("spread", 0, spread)):
             if value < least:
                 raise ValueError(f"{word} must be at least {least}, got {value}")
@@ -102,7 +105,10 @@ class LossAttack(AbstractMembership):
             around = [asked.index(at) for at in self._around(t, last)]
             means[place, around] = 1 / len(around)
         views = {name: images, f"{name}, mirrored": images.flip(-1)} if self.flips else {name: images}
-        options: dict[str, Any] = {"seed": self.seed, "num_draws": self.num_draws, "workers": workers}
+        options: dict[str, Any] = {
+            "seed": self.seed, "num_draws": self.num_draws, "workers": workers,
+            "condition": self.conditions.of(target, name),
+        }  # fmt: skip
         found = [reconstruction_losses(target, view, asked, arms, name=word, **options) for word, view in views.items()]
         whole = {arm: found[0][arm] if len(found) == 1 else (found[0][arm] + found[1][arm]) / 2 for arm in arms}
         return whole if self.spread == 0 else {arm: losses @ means.T for arm, losses in whole.items()}

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_mem.attacks.conditions import Asked, on_device
 from lightning_mem.diffusion import ScoreTerm, Target
 from lightning_mem.diffusion.sampling import evaluation_mode, network_of
 from lightning_mem.evaluation import Number, Workers
@@ -31,6 +32,7 @@ def reconstruction_losses(
     name: str = "",
     num_draws: int = 1,
     workers: Workers | None = None,
+    condition: Asked | None = None,
 ) -> dict[str, Tensor]:
     r"""Mean squared error of the predicted noise, of every image, at fixed timesteps, for several arms at once.
 
@@ -42,7 +44,7 @@ def reconstruction_losses(
     timestep and draw only. Nothing is clipped.
 
     Args:
-        target: The denoiser; unconditional.
+        target: The denoiser.
         images: uint8 [N, C, H, W].
         timesteps: Training timesteps.
         arms: Score terms by the arm's name; none for the plain denoiser.
@@ -50,18 +52,22 @@ def reconstruction_losses(
         name: Address of these images' noise.
         num_draws: Noise draws of an image that are averaged.
         workers: How blocks are dealt out.
+        condition: What each image is asked under; null for nothing, or the empty prompt.
 
     Returns:
         float64 [N, timesteps] by arm.
 
     Raises:
-        ValueError: If the target is conditional, or a loss is not finite.
+        ValueError: If the target is conditioned on classes and there is no condition, or a loss is not finite.
 
     Source:
         Matsumoto et al., arXiv:2302.03262; with a protected denoiser: CPSample, arXiv:2409.07025.
     """
-    if target.num_classes is not None:
-        raise ValueError("the loss attack needs an unconditional target: it does not read the label of an image")
+    if target.num_classes is not None and condition is None:
+        raise ValueError(
+            f"the target is conditioned on {target.num_classes} classes: it is asked about an image under a label, and "
+            "there is none"
+        )
     workers, process = workers or Workers(), target.process
     for call in (target.denoiser, *(term for terms in arms.values() for term in terms)):
         network = network_of(call)
@@ -70,6 +76,7 @@ def reconstruction_losses(
 
     def compute(rows: Tensor) -> Tensor:
         x0 = target.codec.encode(to_float(images[rows]).to(workers.device))
+        given = None if condition is None else on_device(condition(rows), workers.device)
         found = torch.zeros(len(rows), len(arms), len(timesteps), dtype=torch.float64, device=workers.device)
         for place, at in enumerate(timesteps):
             t = torch.full((len(rows),), at, dtype=torch.int64, device=workers.device)
@@ -77,7 +84,7 @@ def reconstruction_losses(
                 draws = [generator(seed, "loss", name, int(row), at, number) for row in rows]
                 eps = torch.stack([torch.randn(target.shape, generator=draw) for draw in draws]).to(workers.device)
                 x_t = process.add_noise(x0, eps, t)
-                output = target.denoiser(x_t, t, None)
+                output = target.denoiser(x_t, t, given)
                 for arm, terms in enumerate(arms.values()):
                     own = output
                     for term in terms:

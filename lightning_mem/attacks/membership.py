@@ -5,7 +5,7 @@ import os
 import time
 import warnings
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -15,6 +15,7 @@ from rich.table import Table
 from torch import Tensor
 
 from lightning_mem.attacks.base import AbstractAttack
+from lightning_mem.attacks.conditions import Captions, Conditions, Rule, check_captions, check_rule, conditions_of
 from lightning_mem.attacks.loss_scores import RATES, all_verdicts, verdict_numbers
 from lightning_mem.attacks.membership_scores import (
     Sides,
@@ -81,6 +82,9 @@ class AbstractMembership(AbstractAttack):
         candidates: Timesteps that the calibrated attacker picks from; null for ``timesteps``.
         curve: Timesteps of ``auc_curve``, increasing; null for none.
         noise_seed: Of noise and split; null takes ``seed_everything``.
+        condition: What a text-to-image model is asked about an image under: its ``caption``, or the ``empty`` prompt;
+            null for the caption where the data have captions. A class-conditional model is asked under the image's
+            label. It stands in ``definition.condition``.
 
     Raises:
         ValueError: If a number is out of range, or the protection does not belong to the target or changes no denoiser
@@ -98,6 +102,7 @@ class AbstractMembership(AbstractAttack):
         candidates: list[int] | None = None,
         curve: list[int] | None = None,
         noise_seed: int | None = None,
+        condition: Rule | None = None,
     ) -> None:
         self.timesteps = list(self.default_timesteps if timesteps is None else timesteps)
         self.candidates = self.timesteps if candidates is None else list(candidates)
@@ -107,7 +112,8 @@ class AbstractMembership(AbstractAttack):
                 raise ValueError(f"{word} must be training timesteps >= 0 in increasing order, got {given}")
         self.protection, self.setting = protection, setting
         self.seed = int(os.environ.get("PL_GLOBAL_SEED", "0")) if noise_seed is None else noise_seed
-        self._path = ""
+        self.condition, self.conditions = condition, Conditions()
+        self._path = self._captions = ""
 
     @property
     def times(self) -> list[int]:
@@ -146,15 +152,23 @@ class AbstractMembership(AbstractAttack):
         """The largest timestep that is asked at."""
         return max(times)
 
+    def prepare(self, target: Target, captions: Callable[[], Captions | None]) -> None:
+        """A text-to-image model is asked under captions; see :class:`AbstractAttack`."""
+        if target.conditioner is not None and self.condition != "empty":
+            found = check_captions(captions(), self.condition)
+            self._captions = "" if found is None else digest(found)
+
     def identity(self, target: Target, path: str, home: Path) -> str:
         """Digest of target, protection and settings; see :class:`AbstractAttack`."""
         last = self.reach(self.times)
         if last >= target.process.num_timesteps:
             raise ValueError(f"timesteps must lie in [0, {target.process.num_timesteps}), got {last}")
+        check_rule(target, self.condition)
         self._path = path
         protection = arm_settings(self._terms(target, 1))
         asked = (self.timesteps, self.candidates, self.curve)
-        return digest(target.digest, protection, self.setting, *asked, self.about, self.seed)
+        under = [word for word in (self.condition, self._captions) if word]
+        return digest(target.digest, protection, self.setting, *asked, self.about, self.seed, *under)
 
     def _terms(self, target: Target, count: int) -> Sequence[ScoreTerm]:
         """Of the protection; refuses one that leaves the denoiser as it is, whose arm would be that of none."""
@@ -221,6 +235,7 @@ class AbstractMembership(AbstractAttack):
         """Ask about all images, then tell them apart; see :class:`AbstractAttack`."""
         reference = scene.reference()
         images = told_images(reference, self.title)
+        self.conditions = conditions_of(scene.target, reference, self.condition)
         told = self.tell(scene.target, images, scene.workers)
         numbers = [*self.numbers(told), *self.extra_numbers(told, shift(images, self.title))]
         scene.first(lambda: self.write(scene, reference, told))
@@ -262,7 +277,7 @@ class AbstractMembership(AbstractAttack):
     def defined(self, number: Number, *settings: Mapping[str, Any]) -> Number:
         """A number with what it means: arm, setting and the method's own settings."""
         about = {key: value for part in settings for key, value in part.items()}
-        definition = {**about, "setting": self.setting, **self.about, **number.definition}
+        definition = {**about, "setting": self.setting, **self.conditions.definition, **self.about, **number.definition}
         return Number(number.name, number.value, number.n, definition, number.interval, number.unit)
 
     def record(self, number: Number, scene: Scene, data_digest: str, seconds: float) -> Record:

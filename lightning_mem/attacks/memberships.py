@@ -1,12 +1,13 @@
 """Several membership attacks on the same images, at the last checkpoint and along training."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from rich.table import Table
 
 from lightning_mem.attacks.base import AbstractAttack
+from lightning_mem.attacks.conditions import Captions, conditions_of
 from lightning_mem.attacks.membership import AbstractMembership, shift, write_images
 from lightning_mem.attacks.membership_scores import Sides, curve_numbers, told_images
 from lightning_mem.diffusion import Target
@@ -41,6 +42,11 @@ class Memberships(AbstractAttack):
         self.attacks, self.checkpoints = attacks, checkpoints
         self.threat_model = "\n".join(attack.threat_model for attack in attacks)
 
+    def prepare(self, target: Target, captions: Callable[[], Captions | None]) -> None:
+        """Every attack's; see :class:`AbstractAttack`."""
+        for attack in self.attacks:
+            attack.prepare(target, captions)
+
     def identity(self, target: Target, path: str, home: Path) -> str:
         """Digest of the attacks' own; see :class:`AbstractAttack`."""
         return digest([attack.identity(target, path, home) for attack in self.attacks], self.checkpoints)
@@ -54,6 +60,7 @@ class Memberships(AbstractAttack):
         columns: dict[str, Sides] = {}
         times: dict[str, Sequence[int]] = {}
         for attack in self.attacks:
+            attack.conditions = conditions_of(scene.target, reference, attack.condition)
             told = attack.tell(scene.target, images, scene.workers)
             numbers = [*attack.numbers(told), *attack.extra_numbers(told, p_value)]
             records += [attack.record(number, scene, reference.members_digest, told.seconds) for number in numbers]

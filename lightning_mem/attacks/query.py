@@ -5,48 +5,64 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from lightning_mem.attacks.conditions import Asked, on_device
 from lightning_mem.diffusion import ScoreTerm, Target
 from lightning_mem.diffusion.sampling import evaluation_mode, network_of
+from lightning_mem.diffusion.target import Condition
 from lightning_mem.evaluation import Workers
 from lightning_mem.types import to_float
 
 
 class Query:
-    r"""The noise prediction of an unconditional denoiser, with the score terms of its protection.
+    r"""The noise prediction of a denoiser, of each row under its own condition, with the terms of its protection.
 
-    .. math:: \hat\epsilon(x_t, t) = \epsilon_\theta(x_t, t) - \sqrt{1 - \bar\alpha_t}\,\sum_j s_j(x_t, t)
+    .. math:: \hat\epsilon(x_t, t) = \epsilon_\theta(x_t, t, c) - \sqrt{1 - \bar\alpha_t}\,\sum_j s_j(x_t, t)
 
     Args:
-        target: The model; one on prompts answers as to the empty prompt.
+        target: The model.
         terms: Score terms; none for the plain denoiser.
         device: Where it is asked.
+        condition: c by row; null for none, which a model on prompts takes for the empty one.
 
     Raises:
-        ValueError: If the target is conditioned on classes.
+        ValueError: If the target is conditioned on classes, and there is no condition.
     """
 
-    def __init__(self, target: Target, terms: Sequence[ScoreTerm] = (), device: torch.device | str = "cpu") -> None:
-        if target.num_classes is not None:
+    def __init__(
+        self,
+        target: Target,
+        terms: Sequence[ScoreTerm] = (),
+        device: torch.device | str = "cpu",
+        condition: Asked | None = None,
+    ) -> None:
+        if target.num_classes is not None and condition is None:
             raise ValueError(
-                "a membership attack needs an unconditional target: it does not read the label of an image, got one "
-                f"of {target.num_classes} classes"
+                f"the target is conditioned on {target.num_classes} classes: it is asked about an image under a label, "
+                "and there is none"
             )
         self.target, self.process, self.terms, self.device = target, target.process, terms, device
+        self.condition = condition
         for call in (target.denoiser, *terms):
             network = network_of(call)
             if network is not None:
                 network.to(device)
 
-    def __call__(self, x_t: Tensor, at: int, rows: Tensor) -> Tensor:
+    def given(self, rows: Tensor) -> Condition:
+        """The condition of rows int64 [B], where they are asked; null for none."""
+        return None if self.condition is None else on_device(self.condition(rows), self.device)
+
+    def __call__(self, x_t: Tensor, at: int, rows: Tensor, given: Condition = None) -> Tensor:
         """Predicted noise float32 [B, C, H, W].
 
         Args:
             x_t: [B, C, H, W] in the denoiser's space.
             at: Training timestep.
-            rows: int64 [B], addresses of the rows, for the score terms.
+            rows: int64 [B], addresses of the rows, for condition and score terms.
+            given: Condition instead of that of the rows.
         """
         t = torch.full((len(x_t),), at, dtype=torch.int64, device=x_t.device)
-        output, prediction = self.target.denoiser(x_t, t, None), self.target.denoiser.prediction
+        given = self.given(rows) if given is None else given
+        output, prediction = self.target.denoiser(x_t, t, given), self.target.denoiser.prediction
         for term in self.terms:
             score = term(x_t, t, rows)
             if score is not None:
@@ -83,6 +99,7 @@ def ask_images(
     measure: Measure,
     workers: Workers,
     label: str,
+    condition: Asked | None = None,
 ) -> dict[str, Tensor]:
     """What a measure finds for every image by arm, [N, ...], in blocks of one shape that processes share.
 
@@ -93,8 +110,9 @@ def ask_images(
         measure: Asked for one block and arm.
         workers: How blocks are dealt out.
         label: Of the progress bar.
+        condition: What each image is asked under; null for nothing.
     """
-    queries = [Query(target, terms, workers.device) for terms in arms.values()]
+    queries = [Query(target, terms, workers.device, condition) for terms in arms.values()]
 
     def compute(rows: Tensor) -> Tensor:
         x0 = target.codec.encode(to_float(images[rows]).to(workers.device))

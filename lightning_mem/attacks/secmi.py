@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_mem.attacks.conditions import Rule
 from lightning_mem.attacks.membership import AbstractMembership
 from lightning_mem.attacks.query import Query, ask_images
 from lightning_mem.diffusion import ScoreTerm, Target
@@ -31,6 +32,7 @@ class SecMI(AbstractMembership):
         candidates: Timesteps that the calibrated attacker picks from; null for ``timesteps``.
         curve: Timesteps of ``auc_curve``; null for none.
         noise_seed: Of the split; null takes ``seed_everything``.
+        condition: Of text-to-image models; see :class:`AbstractMembership`.
 
     Raises:
         ValueError: If a number is out of range, a timestep is no multiple of the stride or ends outside the schedule,
@@ -60,8 +62,9 @@ class SecMI(AbstractMembership):
         candidates: list[int] | None = None,
         curve: list[int] | None = None,
         noise_seed: int | None = None,
+        condition: Rule | None = None,
     ) -> None:
-        super().__init__(protection, setting, timesteps, candidates, curve, noise_seed)
+        super().__init__(protection, setting, timesteps, candidates, curve, noise_seed, condition)
         if stride < 1:
             raise ValueError(f"stride must be at least 1, got {stride}")
         odd = [t for t in self.times if t % stride]
@@ -101,7 +104,8 @@ class SecMI(AbstractMembership):
         self, target: Target, images: Tensor, arms: Mapping[str, Sequence[ScoreTerm]], name: str, workers: Workers
     ) -> dict[str, Tensor]:
         """The t-error; see :class:`AbstractMembership`."""
-        return ask_images(target, images, arms, self.errors, workers, f"{self.title} on {name}")
+        asked = self.conditions.of(target, name)
+        return ask_images(target, images, arms, self.errors, workers, f"{self.title} on {name}", asked)
 
     def errors(self, query: Query, x0: Tensor, rows: Tensor) -> Tensor:
         """The t-error of a block, float64 [B, T]."""

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_mem.attacks.conditions import Rule
 from lightning_mem.attacks.membership_scores import Sides
 from lightning_mem.attacks.query import Query, ask_images
 from lightning_mem.attacks.secmi import SecMI
@@ -46,6 +47,7 @@ class SecMINetwork(SecMI):
         candidates: See there.
         curve: See there.
         noise_seed: Of splits, initial weights and batches; null takes ``seed_everything``.
+        condition: See there.
 
     Raises:
         ValueError: If a number is out of range, or a side has fewer than 20 images.
@@ -76,8 +78,9 @@ class SecMINetwork(SecMI):
         candidates: list[int] | None = None,
         curve: list[int] | None = None,
         noise_seed: int | None = None,
+        condition: Rule | None = None,
     ) -> None:
-        super().__init__(stride, protection, setting, timesteps, candidates, curve, noise_seed)
+        super().__init__(stride, protection, setting, timesteps, candidates, curve, noise_seed, condition)
         if not 0 < share < 1 or not learning_rate > 0:
             raise ValueError(f"share must lie in (0, 1), learning_rate be positive, got {share} and {learning_rate}")
         if epochs < 1 or batch_size < 2:
@@ -105,7 +108,7 @@ class SecMINetwork(SecMI):
             return self.differences(query, x0, rows).abs().float()
 
         sides = [
-            ask_images(target, side, arms, maps, workers, f"{self.title} on {name}")
+            ask_images(target, side, arms, maps, workers, f"{self.title} on {name}", self.conditions.of(target, name))
             for side, name in zip(images, ("members", "heldout"), strict=True)
         ]
         return {arm: self._learned(arm, (sides[0][arm], sides[1][arm])) for arm in arms}

@@ -1,6 +1,6 @@
 """What samples are compared with: the images a model was trained on, and images of the same kind it never saw."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,6 +13,10 @@ from lightning_mem.records import digest
 
 def _no_file(index: int) -> str:
     return ""
+
+
+def _no_captions() -> None:
+    return None
 
 
 def folder_files(source: FolderSource) -> Callable[[int], str]:
@@ -36,6 +40,8 @@ class Reference:
         file_of: File of a member by its place in the source, for the ledger; empty where images are no files.
         repeats: int64: how often each member stands in a pass of training; null for once.
         fresh: At most so many real images that are neither members nor held out, uint8 [N, C, H, W].
+        labels: int64 [m] and [n] of members and held-out images, each image once; null where there are none.
+        captions: Reads those of both, likewise; null where there are none.
     """
 
     members: Tensor
@@ -49,6 +55,8 @@ class Reference:
     file_of: Callable[[int], str] = _no_file
     repeats: Tensor | None = None
     fresh: Callable[[int], Tensor] | None = None
+    labels: tuple[Tensor, Tensor] | None = None
+    captions: Callable[[], tuple[Sequence[str], Sequence[str]] | None] = _no_captions
 
     @classmethod
     def from_images(
@@ -79,9 +87,11 @@ class Reference:
             members_digest=data.members.digest,
             heldout_digest=data.heldout.digest,
             seed=data.seed,
-            file_of=folder_files(data.source) if isinstance(data.source, FolderSource) else _no_file,
+            file_of=lambda index: str(data.source.file(index) or ""),
             repeats=data.repeats,
             fresh=lambda count: data.fresh(count).images,
+            labels=_labels_of(data),
+            captions=data.captions,
         )
 
     def cut(self, bank: Tensor, name: str, at_most: int | None = None) -> Tensor:
@@ -97,3 +107,8 @@ class Reference:
         if size >= len(bank):
             return torch.arange(len(bank))
         return torch.randperm(len(bank), generator=generator(self.seed, "bank", name))[:size].sort().values
+
+
+def _labels_of(data: MemorizationDataModule) -> tuple[Tensor, Tensor] | None:
+    own, other = data.members.labels, data.heldout.labels
+    return None if own is None or other is None else (own, other)

@@ -205,5 +205,5 @@ def test_what_cannot_be_attacked_is_refused() -> None:
     with pytest.raises(ValueError, match="at least 4 members and 4 held-out images, got 24 and 0"):
         LossAttack().run(scene_of(target, MEMBERS, HELDOUT[:0]))
     target.num_classes = 3
-    with pytest.raises(ValueError, match="needs an unconditional target"):
+    with pytest.raises(ValueError, match="conditioned on 3 classes: it is asked about an image under a label"):
         reconstruction_losses(target, MEMBERS, [1], {"none": []})
