@@ -1,17 +1,19 @@
 """Generate and filter: draw much, keep what lies too near one training image, and say how often that errs."""
 
+import math
 import os
 import time
-from collections.abc import Iterator, Sequence
-from functools import lru_cache
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.table import Table
 from torch import Tensor
 
 from lightning_mem.attacks.base import AbstractAttack
-from lightning_mem.attacks.extraction_report import draw_triplets, write_extracted
+from lightning_mem.attacks.extraction_costs import cost_numbers, denoiser_calls
+from lightning_mem.attacks.extraction_report import draw_triplets, extraction_table, write_extracted
 from lightning_mem.attacks.extraction_scores import Extracted, Nearness, Rule, eidetic_numbers, numbers_under
 from lightning_mem.diffusion import Sampler, ScoreTerm, Target, guidance_settings
 from lightning_mem.diffusion.additions import AbstractAddition
@@ -32,9 +34,12 @@ class Extraction(AbstractAttack):
     images), ``.../generations_equal`` beside its held-out control on banks of one size, ``.../precision`` (1 - control
     / found), ``.../images_by_repeats`` (share of the images that stand ``definition.repeats`` times among the training
     images; only where some are repeated), and ``.../eidetic_images`` ((k, l2, delta)-eidetic: at most k training images
-    lie within delta of it, itself included). ``tables/extracted.csv`` has a row for every extracted image.
+    lie within delta of it, itself included). Without a rule: ``.../evaluations`` (denoiser calls of the sampler, a
+    generation) and ``.../seconds_per_image`` (of drawing and searching). ``tables/extracted.csv`` has a row for every
+    extracted image.
 
-    The generations are drawn and searched in parts; no more than one part is ever in memory.
+    The generations are drawn and searched in parts; no more than one part is ever in memory, and a second run goes on
+    with the part at which the first one stopped.
 
     Args:
         num_samples: How many are drawn.
@@ -125,15 +130,20 @@ class Extraction(AbstractAttack):
     def run(self, scene: Scene) -> list[Record]:
         """Draw every part, then search them one after the other; see :class:`AbstractAttack`."""
         start = time.perf_counter()
+        unseen = [not self._begun(scene.folder, first) for first in self._firsts]
+        scene.first(lambda: None)  # all have looked before the first one draws
         settings: dict[str, Any] = {}
-        for first in range(0, self.num_samples, self.part):
-            count = min(self.part, self.num_samples - first)
+        drawing = dict.fromkeys(self._firsts, math.nan)
+        for first, whole in zip(self._firsts, unseen, strict=True):
+            begin, count = time.perf_counter(), min(self.part, self.num_samples - first)
             terms = self._terms(scene.target, first, count)
             settings = scene.draw(self._file(first), count, first=first, guidance=terms, **self.drawing).settings
+            if whole:
+                drawing[first] = time.perf_counter() - begin
         banks = Banks(scene.reference(), [], scene.workers)
         if banks.distinct("members") < 2:
             raise ValueError(f"extraction needs two different training images, got {banks.distinct('members')}")
-        near = Nearness.search(self._parts(scene.folder), banks, self.neighbors, self.alpha)
+        near = self._search(scene, banks, settings, drawing)
         rules: list[tuple[Rule, float]] = [("normalized_l2", cut) for cut in self.cuts]
         rules.append(("rms_l2", self.delta))
         about = {
@@ -142,30 +152,67 @@ class Extraction(AbstractAttack):
         }  # fmt: skip
         numbers = [number for rule, cut in rules for number in numbers_under(near, banks, rule, cut, about)]
         numbers += eidetic_numbers(near, banks, self.delta, self.eidetic_k, about)
+        calls = denoiser_calls(
+            scene.target, self.drawing["sampler"], self.drawing["num_steps"],
+            conditioned=scene.target.num_classes is not None,
+        )  # fmt: skip
+        numbers += cost_numbers(calls, near.seconds, about | banks.describe("members"), "generation")
         scene.first(lambda: self._write(scene.folder, near, banks, rules))
         seconds = time.perf_counter() - start
         return [self._record(number, scene, seconds) for number in numbers]
+
+    def table(self, records: Sequence[Record]) -> Table:
+        """One row a rule and cut."""
+        return extraction_table(records, PREFIX)
+
+    @property
+    def _firsts(self) -> range:
+        """Address of the first sample of each part."""
+        return range(0, self.num_samples, self.part)
 
     @staticmethod
     def _file(first: int) -> str:
         return f"part{first:09d}"
 
+    def _begun(self, folder: Path, first: int) -> bool:
+        """Whether some of a part is on the disk."""
+        return any((folder / "samples" / f"{self._file(first)}{end}").exists() for end in (".npz", ".blocks"))
+
     def _load(self, folder: Path, first: int) -> SampleSet:
         return SampleSet.load(folder / "samples" / f"{self._file(first)}.npz")
 
-    def _parts(self, folder: Path) -> Iterator[SampleSet]:
-        return (self._load(folder, first) for first in range(0, self.num_samples, self.part))
+    def _search(self, scene: Scene, banks: Banks, settings: dict[str, Any], drawing: Mapping[int, float]) -> Nearness:
+        """Search part by part; what was found is kept in a file a part, and not searched again."""
+        reference = banks.reference
+        searched = digest(
+            settings, self.num_samples, self.part, self.neighbors, self.alpha, reference.mirror,
+            reference.members_digest, reference.heldout_digest, reference.members.shape, reference.heldout.shape,
+        )  # fmt: skip
+        found = []
+        for first in self._firsts:
+            file = scene.folder / "parts" / searched / f"{self._file(first)}.npz"
+            # no process comes to the next part before all have looked: what is searched in between is gathered
+            if not file.is_file():
+                begin = time.perf_counter()
+                near = Nearness.of(self._load(scene.folder, first), banks, self.neighbors, self.alpha)
+                near.seconds.fill_((drawing[first] + time.perf_counter() - begin) / len(near))
+                scene.first(lambda near=near, file=file: near.save(file))  # type: ignore[misc]
+            found.append(Nearness.load(file))
+        return Nearness.join(found)
 
     def _write(self, folder: Path, near: Nearness, banks: Banks, rules: list[tuple[Rule, float]]) -> None:
         found = [Extracted.under(near, banks, rule, cut) for rule, cut in rules]
         write_extracted(folder / "tables" / "extracted.csv", near, banks, found, self.delta)
-        load = lru_cache(1)(lambda first: self._load(folder, first))
 
-        def image_at(place: int) -> Tensor:
-            return load(place // self.part * self.part).images[place % self.part]
+        def images_at(places: Tensor) -> Tensor:
+            shown = torch.empty(len(places), *banks.images("members").shape[1:], dtype=torch.uint8)
+            for part in (places // self.part).unique().tolist():
+                own = places // self.part == part
+                shown[own] = self._load(folder, part * self.part).images[places[own] % self.part]
+            return shown
 
         if self.pictures:
-            draw_triplets(folder / "images" / "extracted.png", near, banks, image_at, self.pictures)
+            draw_triplets(folder / "images" / "extracted.png", near, banks, images_at, self.pictures)
 
     def _record(self, number: Number, scene: Scene, seconds: float) -> Record:
         reference = scene.reference()

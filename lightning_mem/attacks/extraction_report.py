@@ -7,12 +7,16 @@ from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
+from rich.table import Table
 from torch import Tensor
 
+from lightning_mem.attacks.extraction_costs import cost_line
 from lightning_mem.attacks.extraction_scores import Extracted, Nearness, near_copies, repeats_of
+from lightning_mem.attacks.report import short
 from lightning_mem.evaluation import Banks
 from lightning_mem.evaluation.pictures import pixels, tile
-from lightning_mem.records import atomic_write
+from lightning_mem.evaluation.table import COUNTED, LOOK, shown
+from lightning_mem.records import Record, atomic_write
 
 COLUMNS = 6
 """Triplets in a row of the picture."""
@@ -57,20 +61,50 @@ def write_extracted(file: Path, near: Nearness, banks: Banks, found: Sequence[Ex
             ])  # fmt: skip
 
 
-def draw_triplets(path: Path, near: Nearness, banks: Banks, image_at: Callable[[int], Tensor], count: int) -> None:
+def extraction_table(records: Sequence[Record], prefix: str) -> Table:
+    """One column a rule and cut; what has no value says why below it, and what a generation costs.
+
+    Args:
+        records: Of :class:`~lightning_mem.attacks.Extraction`.
+        prefix: Of their names.
+    """
+    rows: dict[str, dict[tuple[str, float], Record]] = {}
+    for record in (record for record in records if "rule" in record.definition):
+        about = record.definition
+        ends = [f" {end}{about[key]}" for key, end in (("repeats", ""), ("k", "k=")) if key in about]
+        row = record.name.removeprefix(prefix) + "".join(ends)
+        rows.setdefault(row, {})[about["rule"], about["cut"]] = record
+    columns = list(dict.fromkeys(column for own in rows.values() for column in own))
+    why = {
+        f"{r.name}: {r.definition['undefined']}": 0 for own in rows.values() for r in own.values() if r.value is None
+    }
+    caption = "\n".join([*why, cost_line(records, prefix)])
+    table = Table(title="attack extraction", title_justify="left", title_style="bold", caption=caption, **LOOK)
+    table.caption_justify = "left"
+    table.add_column("", no_wrap=True)
+    for rule, cut in columns:
+        table.add_column(f"{rule}\n{cut:g}", justify="right", no_wrap=True)
+    for row, own in rows.items():
+        found = [own.get(column) for column in columns]
+        table.add_row(row, *(shown(r) if r is None or r.unit in COUNTED else short(r) for r in found))
+    return table
+
+
+def draw_triplets(path: Path, near: Nearness, banks: Banks, images_at: Callable[[Tensor], Tensor], count: int) -> None:
     """Write a PNG of generation | nearest | second nearest training image, the closest of each image first.
 
     Args:
         path: ``.png``.
         near: Of all generations.
         banks: Both banks.
-        image_at: The generation, uint8 [C, H, W], at a place.
+        images_at: The generations, uint8 [N, C, H, W], at N places.
         count: How many.
     """
-    places = nearest_of_each(near, banks)[:count].tolist()
-    members = banks.images("members")
+    chosen, members = nearest_of_each(near, banks)[:count], banks.images("members")
+    places = chosen.tolist()
     triplets = torch.stack([
-        tile(torch.stack([image_at(place), *members[near.nearest[place]]]), 3) for place in places
+        tile(torch.stack([generation, *members[near.nearest[place]]]), 3)
+        for place, generation in zip(places, images_at(chosen), strict=True)
     ])  # fmt: skip
     height, width = members.shape[2:]
     cells = torch.nn.ConstantPad2d((width // 4, width // 4, height // 2, height // 8), 255)(triplets)

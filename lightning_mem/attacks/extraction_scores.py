@@ -1,10 +1,12 @@
 """What generate-and-filter counts: how near every generation is to both banks, and which training images it names."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,6 +15,7 @@ from lightning_mem.evaluation.comparison import BANKS
 from lightning_mem.evaluation.copies import FEWEST_IMAGES, NO_HELDOUT
 from lightning_mem.evaluation.numbers import JACKKNIFE, absent, share
 from lightning_mem.metrics import eidetic_count, jackknife_interval, normalized_l2
+from lightning_mem.records import atomic_write
 from lightning_mem.types import SampleSet
 
 Rule = Literal["normalized_l2", "rms_l2"]
@@ -30,6 +33,7 @@ class Nearness:
         rms_l2: float64 [N] to the nearest, likewise.
         equal: float64 [N, 2 banks, 2 rules] with both banks cut to the smaller one's size: members, held-out;
             normalized_l2, rms_l2. Infinite without held-out images.
+        seconds: float64 [N] of drawing and searching, its part's evenly; NaN where it was not timed.
     """
 
     addresses: Tensor
@@ -37,6 +41,7 @@ class Nearness:
     normalized_l2: Tensor
     rms_l2: Tensor
     equal: Tensor
+    seconds: Tensor
 
     def __len__(self) -> int:
         return len(self.addresses)
@@ -47,7 +52,7 @@ class Nearness:
 
     @classmethod
     def of(cls, samples: SampleSet, banks: Banks, neighbors: int, alpha: float) -> "Nearness":
-        """Search one part of the generations."""
+        """Search one part of the generations; not timed."""
         root = math.sqrt(samples.images[0].numel())
         distances, nearest = banks.search(samples.images, "members", neighbors)
         score, rms = normalized_l2(distances, alpha), distances[:, 0].double() / root
@@ -59,13 +64,23 @@ class Nearness:
                 if bank == "heldout" or len(rows) < len(banks.images(bank)):
                     found, _ = banks.search(samples.images, bank, neighbors, rows)
                 equal[:, place, 0], equal[:, place, 1] = normalized_l2(found, alpha), found[:, 0].double() / root
-        return cls(samples.addresses, nearest[:, :2], score, rms, equal)
+        return cls(samples.addresses, nearest[:, :2], score, rms, equal, torch.full_like(score, torch.nan))
 
     @classmethod
-    def search(cls, parts: Iterable[SampleSet], banks: Banks, neighbors: int, alpha: float) -> "Nearness":
-        """Search part by part; one part is in memory at a time."""
-        found = [cls.of(part, banks, neighbors, alpha) for part in parts]
-        return cls(*(torch.cat([getattr(part, own.name) for part in found]) for own in fields(cls)))
+    def join(cls, parts: Sequence["Nearness"]) -> "Nearness":
+        """All parts as one, in order."""
+        return cls(*(torch.cat([getattr(part, own.name) for part in parts]) for own in fields(cls)))
+
+    def save(self, file: Path) -> None:
+        """Write ``.npz``, in one move."""
+        with atomic_write(file, "wb") as opened:
+            np.savez(opened, allow_pickle=False, **{own.name: getattr(self, own.name).numpy() for own in fields(self)})
+
+    @classmethod
+    def load(cls, file: Path) -> "Nearness":
+        """Read what :meth:`save` wrote."""
+        with file.open("rb") as opened, np.load(opened, allow_pickle=False) as arrays:
+            return cls(*(torch.from_numpy(arrays[own.name]) for own in fields(cls)))
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,8 @@
 
 import csv
 import dataclasses
+import io
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,11 +12,15 @@ import numpy as np
 import pytest
 import torch
 from oracles import planted_mixture
+from rich.console import Console
 from torch import Tensor
 from victim import patterns, scene_of
 
-from lightning_mem.attacks import Extraction, extraction
-from lightning_mem.diffusion import DiffusionProcess, ScoreTerm, Target
+from lightning_mem.attacks import Extraction
+from lightning_mem.attacks.extraction_costs import denoiser_calls
+from lightning_mem.attacks.extraction_scores import Nearness
+from lightning_mem.data import DigitsSource, MemorizationDataModule
+from lightning_mem.diffusion import DiffusionProcess, EmpiricalDenoiser, ScoreTerm, Target
 from lightning_mem.diffusion.additions import AbstractAddition, AllAccept, Judge
 from lightning_mem.evaluation import Scene
 from lightning_mem.records import Record
@@ -25,9 +31,10 @@ MEMBERS = torch.cat([ONCE, REPEATED.repeat_interleave(8, 0)])
 OPTIONS: dict[str, Any] = {"num_samples": 70, "num_steps": 8, "neighbors": 10, "sample_seed": 3, "pictures": 5}
 
 
-def kept_scene(members: Tensor, heldout: Tensor, folder: Path = Path("results")) -> Scene:
+def kept_scene(members: Tensor, heldout: Tensor, folder: Path = Path("results"), target: Target | None = None) -> Scene:
     """A scene whose draws are in files, as the verb's are."""
-    scene = scene_of(planted_mixture(members, DiffusionProcess("linear")), members, heldout, folder)
+    target = planted_mixture(members, DiffusionProcess("linear")) if target is None else target
+    scene = scene_of(target, members, heldout, folder)
     draw = scene.blocks
 
     def blocks(file: Path, first: int, count: int, settings: dict[str, Any], guidance: Sequence[Any]) -> SampleSet:
@@ -36,6 +43,11 @@ def kept_scene(members: Tensor, heldout: Tensor, folder: Path = Path("results"))
         return found
 
     return dataclasses.replace(scene, blocks=blocks)
+
+
+def told(records: list[Record]) -> list[tuple[Any, ...]]:
+    """All but what took time."""
+    return [(r.name, r.value, r.low, r.n) for r in records if not r.name.endswith("/seconds_per_image")]
 
 
 def by_name(records: list[Record], **about: Any) -> dict[str, Record]:
@@ -108,24 +120,125 @@ def test_repeated_images_come_out_more_often_and_their_copies_are_counted(whole:
     assert (folder / "images" / "extracted.png").stat().st_size > 1000
 
 
-def test_parts_change_nothing_and_a_second_run_draws_nothing(
-    whole: tuple[list[Record], Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_second_run_gives_the_same_records_with_their_times(whole: tuple[list[Record], Path]) -> None:
     records, folder = whole
     again = Extraction(part=64, **OPTIONS).run(kept_scene(MEMBERS, HELDOUT, folder))
-    assert [(r.name, r.value, r.low) for r in again] == [(r.name, r.value, r.low) for r in records]
-    held: list[int] = []
-    original = SampleSet.load
+    assert [(r.identity, r.value, r.low, r.high, r.n) for r in again] == [
+        (r.identity, r.value, r.low, r.high, r.n) for r in records
+    ]
 
-    def load(path: Path) -> SampleSet:
-        found = original(path)
-        held.append(len(found))
-        return found
 
-    monkeypatch.setattr(extraction.SampleSet, "load", load)
-    small = Extraction(part=16, **{**OPTIONS, "pictures": 0}).run(kept_scene(MEMBERS, HELDOUT))
-    assert [(r.name, r.value, r.low) for r in small] == [(r.name, r.value, r.low) for r in records]
-    assert max(held) == 16
+def test_parts_change_nothing_and_no_more_than_one_is_ever_in_memory(
+    whole: tuple[list[Record], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alive: dict[int, int] = {}
+    most: list[int] = []
+    original = SampleSet.__post_init__
+
+    def watched(self: SampleSet) -> None:
+        original(self)
+        alive[id(self)] = len(self)
+        weakref.finalize(self, alive.pop, id(self))
+        most.append(sum(alive.values()))
+
+    monkeypatch.setattr(SampleSet, "__post_init__", watched)
+    small = Extraction(part=21, **OPTIONS).run(kept_scene(MEMBERS, HELDOUT))
+    assert told(small) == told(whole[0])
+    assert len(most) > 2 * 3  # drawn, searched, shown
+    assert max(most) == 21
+
+
+def test_a_stopped_search_goes_on_with_the_part_it_was_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {**OPTIONS, "num_samples": 30, "num_steps": 4, "pictures": 0}
+    whole = Extraction(**options).run(kept_scene(MEMBERS, HELDOUT, Path("whole")))
+    searched: list[int] = []
+    power = [False]
+    original = Nearness.of.__func__  # type: ignore[attr-defined]
+
+    def of(cls: type[Nearness], samples: SampleSet, *args: Any) -> Nearness:
+        searched.append(int(samples.addresses[0]))
+        if len(searched) == 2 and not power[0]:
+            raise RuntimeError("power cut")
+        return original(cls, samples, *args)
+
+    def run(**own: Any) -> tuple[list[Record], Record]:
+        records = Extraction(part=10, **{**options, **own}).run(kept_scene(MEMBERS, HELDOUT))
+        return records, next(r for r in records if r.name.endswith("/seconds_per_image"))
+
+    monkeypatch.setattr(Nearness, "of", classmethod(of))
+    with pytest.raises(RuntimeError, match="power cut"):
+        run()
+    power[0] = True
+    records, seconds = run()
+    assert searched == [0, 10, 10, 20]
+    assert told(records) == told(whole)
+    assert seconds.n == 10  # the first part: of the others the drawing was read from the disk
+    assert seconds.value > 0
+    _, missing = run(neighbors=9)
+    assert searched[4:] == [0, 10, 20]  # what another search found is not taken for this one's
+    assert (missing.value, missing.n) == (None, 0)
+    assert "read from the disk" in missing.definition["undefined"]
+
+
+class Counting:
+    """A denoiser that counts the rows it is asked for."""
+
+    def __init__(self, target: Target) -> None:
+        self.denoiser, self.prediction, self.rows = target.denoiser, target.denoiser.prediction, 0
+
+    def __call__(self, x_t: Tensor, t: Tensor, condition: Any = None) -> Tensor:
+        self.rows += len(x_t)
+        return self.denoiser(x_t, t, condition)
+
+
+@pytest.mark.parametrize(("sampler", "steps"), [("ddim", 5), ("heun", 5), ("dpm++", 4)])
+def test_evaluations_are_the_calls_of_a_generation(sampler: Any, steps: int) -> None:
+    target = planted_mixture(ONCE, DiffusionProcess("linear"))
+    counting = Counting(target)
+    options = {**OPTIONS, "num_samples": 64, "sampler": sampler, "num_steps": steps, "pictures": 0}
+    attack = Extraction(**options)
+    records = attack.run(kept_scene(ONCE, HELDOUT, target=dataclasses.replace(target, denoiser=counting)))
+    found = {r.name.removeprefix("attack/extraction/"): r for r in records}
+    assert found["evaluations"].value == counting.rows / 64 == (2 * steps - 1 if sampler == "heun" else steps)
+    assert (found["evaluations"].unit, found["evaluations"].n) == ("denoiser calls", 64)
+    assert 0 < found["seconds_per_image"].value * 64 < found["seconds_per_image"].seconds
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(attack.table(records))
+    shown = console.export_text()
+    assert f"one generation costs {found['evaluations'].value:g} denoiser calls, " in shown
+    assert " seconds" in shown
+    assert "…" not in shown
+
+
+def test_guidance_by_a_condition_doubles_the_calls() -> None:
+    target = planted_mixture(ONCE, DiffusionProcess("linear"))
+    target.denoiser.cfg_weight = 7.5  # type: ignore[attr-defined]
+    assert [denoiser_calls(target, "heun", 4, conditioned=given) for given in (True, False)] == [14, 7]
+    target.denoiser.cfg_weight = 1  # type: ignore[attr-defined]
+    assert denoiser_calls(target, "heun", 4, conditioned=True) == 7
+
+
+TIMES = (1, 2, 4, 8, 16)
+
+
+def test_digits_come_out_the_more_often_they_are_repeated_as_the_law_says() -> None:
+    data = MemorizationDataModule(DigitsSource(), num_members=100, num_heldout=40)
+    data.setup()
+    members = data.members.images.repeat_interleave(torch.tensor(TIMES).repeat_interleave(20), 0)
+    heldout = data.heldout.images
+    target = EmpiricalDenoiser(members, DiffusionProcess("linear")).target()  # an image weighs what it stands there
+    options = {**OPTIONS, "num_samples": 256, "delta": 0.02, "eidetic_k": list(TIMES), "pictures": 0}
+    records = Extraction(**options).run(kept_scene(members, heldout, target=target))
+    shares = [by_name(records, rule="rms_l2", repeats=times)["images_by_repeats"] for times in TIMES]
+    for times, share in zip(TIMES, shares, strict=True):
+        law = 1 - (1 - times / len(members)) ** 256
+        assert share.n == 20
+        assert abs(share.value - law) < 3 * max(law * (1 - law) / 20, 1 / 400) ** 0.5
+    values = [share.value for share in shares]
+    assert values == sorted(values)
+    assert values[-1] - values[0] > 0.4
+    found = [by_name(records, rule="rms_l2", k=k)["eidetic_images"].value for k in TIMES]
+    assert found == np.cumsum([20 * value for value in values]).tolist()  # k near copies: the repeats, itself included
 
 
 def test_without_heldout_images_there_is_no_precision() -> None:
