@@ -120,8 +120,13 @@ def sample_x0(
     condition: Condition = None,
     block: int = 64,
     on_step: OnStep | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """As :func:`sample`, before quantising: float32 [N, C, H, W] in the denoiser's space, on its device."""
+    """As :func:`sample`, before quantising: [N, C, H, W] in the denoiser's space, on its device.
+
+    ``dtype`` is the precision of the solver's state and of what the denoiser is given; samples are defined in float32.
+    Tangents of forward-mode differentiation pass through.
+    """
     target = target.target()
     addresses = torch.as_tensor(indices).cpu().flatten()
     if len(addresses) and (addresses.is_floating_point() or addresses.dtype == torch.bool):
@@ -147,7 +152,7 @@ def sample_x0(
             own_addresses = addresses[rows].to(target.device)
             own_condition = _rows(condition, rows, target.device)
             scheduler.set_timesteps(num_steps)  # multistep solvers keep a history
-            x = initial_noise(target.shape, generators).to(target.device) * scheduler.init_noise_sigma
+            x = initial_noise(target.shape, generators).to(target.device, dtype) * scheduler.init_noise_sigma
             for step, timestep in enumerate(scheduler.timesteps):
                 t = torch.full((block,), int(timestep), dtype=torch.int64, device=target.device)
                 x_t = scheduler.scale_model_input(x, timestep)
@@ -155,9 +160,9 @@ def sample_x0(
                 output = add_terms(target.process, output, x_t, t, own_addresses, guidance, prediction, sampler)
                 if as_eps:
                     output = target.process.to_eps(output, x_t, t, prediction)
-                # reduced precision ends at the network: solvers keep their state in float32
+                # reduced precision ends at the network: solvers keep their state in float32, or better
                 noise = {} if sampler == "heun" else {"generator": generators}
-                x = scheduler.step(output.float(), timestep, x, **step_options, **noise).prev_sample
+                x = scheduler.step(output.to(dtype), timestep, x, **step_options, **noise).prev_sample
                 if on_step is not None:
                     on_step(step, int(timestep), x)
             drawn.append(x[: min(block, len(addresses) - start)])
