@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_mem.attacks.conditions import Rule
 from lightning_mem.attacks.membership import AbstractMembership
 from lightning_mem.attacks.query import Query, ask_images
 from lightning_mem.diffusion import ScoreTerm, Target
@@ -32,6 +33,7 @@ class GradientNorm(AbstractMembership):
         candidates: Timesteps that the calibrated attacker picks from; null for ``timesteps``.
         curve: Timesteps of ``auc_curve``; null for none.
         noise_seed: Of noise and split; null takes ``seed_everything``.
+        condition: Of text-to-image models; see :class:`AbstractMembership`.
 
     Raises:
         ValueError: If a number is out of range, or the target has no network (a closed form).
@@ -60,8 +62,9 @@ class GradientNorm(AbstractMembership):
         candidates: list[int] | None = None,
         curve: list[int] | None = None,
         noise_seed: int | None = None,
+        condition: Rule | None = None,
     ) -> None:
-        super().__init__(None, "", timesteps, candidates, curve, noise_seed)
+        super().__init__(None, "", timesteps, candidates, curve, noise_seed, condition)
         for word, value in (("num_draws", num_draws), ("images_at_once", images_at_once)):
             if value < 1:
                 raise ValueError(f"{word} must be at least 1, got {value}")
@@ -84,7 +87,8 @@ class GradientNorm(AbstractMembership):
         def norms(query: Query, x0: Tensor, rows: Tensor) -> Tensor:
             return torch.stack([self.norms(query, x0, rows, at, name) for at in self.times], 1)
 
-        return ask_images(target, images, arms, norms, workers, f"{self.title} on {name}")
+        asked = self.conditions.of(target, name)
+        return ask_images(target, images, arms, norms, workers, f"{self.title} on {name}", asked)
 
     def norms(self, query: Query, x0: Tensor, rows: Tensor, at: int, name: str) -> Tensor:
         """Norm of every image's own gradient at one timestep, float64 [B]."""
@@ -99,12 +103,19 @@ class GradientNorm(AbstractMembership):
         shape = query.target.shape
         eps = torch.stack([torch.stack([torch.randn(shape, generator=draw) for draw in own]) for own in draws])
 
-        def loss(clean: Tensor, noise: Tensor) -> Tensor:
-            """Mean squared error over draws and values; clean [C, H, W], noise [K, C, H, W]."""
+        given = query.given(rows)
+        parts = given if isinstance(given, Mapping) else {} if given is None else {"": given}
+
+        def loss(clean: Tensor, noise: Tensor, *own: Tensor) -> Tensor:
+            """Mean squared error over draws and values; clean [C, H, W], noise [K, C, H, W]; own: its condition."""
             x_t = alpha_bar**0.5 * clean + (1 - alpha_bar) ** 0.5 * noise
-            return (query(x_t, at, torch.zeros(len(noise), dtype=torch.int64)) - noise).square().mean()
+            repeated = {word: part.expand(len(noise), *part.shape) for word, part in zip(parts, own, strict=True)}
+            condition = repeated if isinstance(given, Mapping) else repeated.get("")
+            return (query(x_t, at, torch.zeros(len(noise), dtype=torch.int64), condition) - noise).square().mean()
 
         def norm(gradient: Gradient) -> Tensor:
             return torch.stack([part.double().square().sum() for part in gradient.values()]).sum().sqrt()
 
-        return per_example_gradients(network, loss, x0, eps.to(x0.device), chunk_size=self.images_at_once, then=norm)
+        return per_example_gradients(
+            network, loss, x0, eps.to(x0.device), *parts.values(), chunk_size=self.images_at_once, then=norm
+        )

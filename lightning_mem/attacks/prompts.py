@@ -2,7 +2,7 @@
 
 import copy
 import csv
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -47,6 +47,55 @@ def read_prompts(given: Sequence[str] | str | None) -> list[str]:
             f"{given} has no caption in row {found.index('') + 1} (the first is 1): remove it or write one"
         )
     return list(dict.fromkeys(found))
+
+
+def prompt_lists(prompts: Sequence[str] | str | None, heldout: Sequence[str] | str | None) -> dict[str, list[str]]:
+    """Prompts that are suspected (``members``) and others (``heldout``); both empty where the data are to give them.
+
+    Raises:
+        ValueError: If there is no prompt, a prompt is in both lists, or only ``heldout`` is given.
+    """
+    if prompts is None and heldout is not None:
+        raise ValueError(
+            "prompts null takes the captions of the data, and those of held-out images with them: leave "
+            f"heldout_prompts null too, or give prompts; got heldout_prompts {heldout!r}"
+        )
+    found = {"members": read_prompts(prompts), "heldout": read_prompts(heldout)}
+    if prompts is not None and not found["members"]:
+        raise ValueError("prompts must name at least one prompt, got none")
+    both = set(found["members"]) & set(found["heldout"])
+    if both:
+        raise ValueError(f"{len(both)} prompts are in prompts and in heldout_prompts, such as {min(both)!r}")
+    return found
+
+
+def filled(
+    given: dict[str, list[str]], target: Target, captions: Callable[[], tuple[Sequence[str], Sequence[str]] | None]
+) -> dict[str, list[str]]:
+    """These lists; where they are empty, the captions of the data, or all labels of a class-conditional target.
+
+    A held-out image's caption that is also a member's is a caption of a training image, and no held-out prompt.
+
+    Args:
+        given: See :func:`prompt_lists`.
+        target: What is asked.
+        captions: Reads those of members and held-out images.
+
+    Raises:
+        ValueError: If there are none.
+    """
+    if given["members"]:
+        return given
+    if target.num_classes is not None:
+        return {"members": [str(label) for label in range(target.num_classes)], "heldout": []}
+    found = captions()
+    if found is None:
+        raise ValueError(
+            "prompts null takes the captions of the data, and its source has none: take a ListedSource of .csv files "
+            "with the columns file and caption, or give prompts"
+        )
+    own = list(dict.fromkeys(found[0]))
+    return {"members": own, "heldout": [prompt for prompt in dict.fromkeys(found[1]) if prompt not in set(own)]}
 
 
 def condition_of(target: Target, prompts: Sequence[str]) -> Condition:
