@@ -3,7 +3,7 @@
 import csv
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from lightning_mem.attacks.base import AbstractAttack
+from lightning_mem.attacks.conditions import Captions
 from lightning_mem.attacks.placement import placed
-from lightning_mem.attacks.prompts import condition_of, read_prompts, rows_of, with_cfg
+from lightning_mem.attacks.prompts import condition_of, filled, prompt_lists, rows_of, with_cfg
 from lightning_mem.data.datamodule import BLOCK
 from lightning_mem.diffusion import Sampler, Target
 from lightning_mem.diffusion.sampling import sample_x0
@@ -117,7 +118,8 @@ class NoiseNorm(AbstractAttack):
     ``tables/noise_norms.csv`` has every prompt's norm at every step.
 
     Args:
-        prompts: Suspected prompts: a list, or a file; see :class:`PromptedExtraction`.
+        prompts: Suspected prompts: a list, or a file; null for the captions of the data; see
+            :class:`PromptedExtraction`.
         heldout_prompts: Prompts of images that were not trained on, likewise; null for none, and no AUC.
         num_generations: G, at least 1.
         cfg_weight: Of classifier-free guidance while sampling; the norm is taken before it.
@@ -145,7 +147,7 @@ class NoiseNorm(AbstractAttack):
 
     def __init__(
         self,
-        prompts: list[str] | str,
+        prompts: list[str] | str | None = None,
         heldout_prompts: list[str] | str | None = None,
         num_generations: int = 4,
         cfg_weight: float = 7.5,
@@ -157,21 +159,21 @@ class NoiseNorm(AbstractAttack):
     ) -> None:
         if num_generations < 1 or block < 1:
             raise ValueError(f"num_generations and block must be at least 1, got {num_generations} and {block}")
-        self.prompts = {"members": read_prompts(prompts), "heldout": read_prompts(heldout_prompts)}
-        if not self.prompts["members"]:
-            raise ValueError("prompts must name at least one prompt, got none")
-        both = set(self.prompts["members"]) & set(self.prompts["heldout"])
-        if both:
-            raise ValueError(f"{len(both)} prompts are in prompts and in heldout_prompts, such as {min(both)!r}")
+        self.prompts = prompt_lists(prompts, heldout_prompts)
         seed = int(os.environ.get("PL_GLOBAL_SEED", "0")) if sample_seed is None else sample_seed
         self.drawing: dict[str, Any] = {
             "num_generations": num_generations, "cfg_weight": cfg_weight, "num_steps": num_steps, "sampler": sampler,
             "eta": eta, "seed": seed, "block": block,
         }  # fmt: skip
 
+    def prepare(self, target: Target, captions: Callable[[], Captions | None]) -> None:
+        """Without prompts the captions are the prompts; see :class:`AbstractAttack`."""
+        self.prompts = filled(self.prompts, target, captions)
+
     def identity(self, target: Target, path: str, home: Path) -> str:
         """Digest of target, prompts and settings; see :class:`AbstractAttack`."""
         with_cfg(target, 1.0)  # refuses a target without an empty prompt
+        self.prompts = filled(self.prompts, target, lambda: None)
         return digest(target.digest, self.prompts, self.drawing)
 
     def run(self, scene: Scene) -> list[Record]:
