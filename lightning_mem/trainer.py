@@ -349,6 +349,7 @@ class MemorizationTrainer(Trainer):
         """
         path = self._trained(model, ckpt_path) or str(getattr(model, "pretrained", None))
         target = load_target(path, weights)
+        attack.prepare(target, lambda: self._captions(datamodule))
         identity = attack.identity(target, path, self.folder)
         folder = Path(out) if out else self.folder / "attacks" / f"{attack.name}-{identity}"
         rank_zero_info(f"{attack.threat_model}\nresults go to {folder}")
@@ -365,7 +366,12 @@ class MemorizationTrainer(Trainer):
             datamodule.setup()
             digests = {"members": datamodule.members.digest, "heldout": datamodule.heldout.digest}
             check_members(self.folder, digests)
+            if not path.endswith(".ckpt"):  # no training wrote down which images these are
+                self._on_the_first(lambda: datamodule.write_members(self.folder))
             return Reference.from_datamodule(datamodule)
+
+        if not path.endswith(".ckpt") and (self.folder / "members.json").is_file():
+            read()  # what is there already is about these images, or the folder is refused
 
         scene = Scene(
             target, self.folder, folder, blocks, read, workers_of(self), self._on_the_first, step, self.config_digest
@@ -378,6 +384,14 @@ class MemorizationTrainer(Trainer):
             console.print(f"results.jsonl, samples/, tables/ and images/ in {folder}", soft_wrap=True, highlight=False)
         self.strategy.barrier("attack")
         return records
+
+    @staticmethod
+    def _captions(datamodule: MemorizationDataModule) -> tuple[list[str], list[str]] | None:
+        """Of members and held-out images, before the processes have met."""
+        if rank_zero_only.rank == 0:
+            datamodule.prepare_data()
+        datamodule.setup()
+        return datamodule.captions()
 
     def _on_the_first(self, work: Callable[[], None]) -> None:
         """Call on the first process; the others wait."""

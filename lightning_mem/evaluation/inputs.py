@@ -199,5 +199,6 @@ def check_members(run: str | Path, digests: Mapping[str, str]) -> None:
         if written.get(name, found) != found:
             raise ValueError(
                 f"{run}/members.json names {name} with the digest {written[name]}, but the data options lead to "
-                f"{found}: the source has changed since, or an option is not the run's"
+                f"{found}: the source has changed since, or an option is not the run's; other images need another "
+                "run folder"
             )
