@@ -2,6 +2,13 @@
 
 from lightning_mem.metrics.authpct import Authenticity, authentic, authenticity, own_nearest_distances
 from lightning_mem.metrics.cache import cached_features, cached_statistics
+from lightning_mem.metrics.datamodeling import (
+    DatamodelingComparison,
+    compare_datamodeling_scores,
+    linear_datamodeling_score,
+    rank_correlation,
+    subset_predictions,
+)
 from lightning_mem.metrics.divergence import (
     DivergenceDifference,
     GaussianMixture,
@@ -61,6 +68,7 @@ __all__ = [
     "AbstractExtractor",
     "Authenticity",
     "DataCopying",
+    "DatamodelingComparison",
     "DivergenceDifference",
     "EideticMemorization",
     "FeatureStatistics",
@@ -85,6 +93,7 @@ __all__ = [
     "build_extractor",
     "cached_features",
     "cached_statistics",
+    "compare_datamodeling_scores",
     "data_copying",
     "divergence_difference",
     "duplicate_groups",
@@ -97,6 +106,7 @@ __all__ = [
     "jackknife_interval",
     "kernel_distance",
     "label_divergence",
+    "linear_datamodeling_score",
     "manifold_overlap",
     "memorization_curves",
     "memorization_informed_frechet_distance",
@@ -110,9 +120,11 @@ __all__ = [
     "phase_threshold",
     "prdc",
     "precision_recall",
+    "rank_correlation",
     "roc",
     "sample_phases",
     "sharded_neighbors",
+    "subset_predictions",
     "tiled_l2",
     "two_sample_p_value",
     "unique_memorization_score",
