@@ -6,6 +6,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from lightning_mem.attacks.conditions import Asked, on_device
 from lightning_mem.attacks.placement import placed
 from lightning_mem.diffusion import Target
 from lightning_mem.diffusion.sampling import evaluation_mode, sample_x0
@@ -50,7 +51,7 @@ class Completions:
     """Completions of half-hidden images, each scored as it is made and forgotten.
 
     Args:
-        target: An unconditional model; a text-to-image model answers as to the empty prompt.
+        target: The model.
         images: uint8 [N, C, H, W].
         half: Which half is hidden.
         num_inpaintings: Completions of an image.
@@ -59,6 +60,7 @@ class Completions:
         kind: Address of these images' noise.
         drawing: num_steps, sampler, eta, block.
         device: Where the model is asked.
+        condition: What it is asked under, by an image's row; null for nothing, or the empty prompt.
 
     Source:
         Replacement of the known part: Song et al., arXiv:2011.13456, appendix I.2; at each step, without resampling.
@@ -66,11 +68,12 @@ class Completions:
 
     def __init__(
         self, target: Target, images: Tensor, half: Half, num_inpaintings: int, timestep: int, seed: int, kind: str,
-        drawing: dict[str, Any], device: torch.device | str,
+        drawing: dict[str, Any], device: torch.device | str, condition: Asked | None = None,
     ) -> None:  # fmt: skip
         self.target, self.images = placed(target, device), images
         self.count, self.timestep, self.kind = num_inpaintings, timestep, kind
         self.seed, self.drawing, self.device = seed, drawing, device
+        self.condition = condition
         self.hidden = hidden_half(half, *target.shape[1:])
         pixels = target.codec.pixel_shape(target.shape)[1:]
         scale = torch.ones(pixels[0] // target.shape[1], pixels[1] // target.shape[2], dtype=torch.uint8)
@@ -86,7 +89,8 @@ class Completions:
         hidden = self.hidden.to(self.device)
         completing = _Completing(self.target, known, hidden)
         seed = derive_seed(self.seed, "inpainting", self.kind)
-        drawn = sample_x0(replace(self.target, denoiser=completing), rows, seed=seed, **self.drawing)
+        given = None if self.condition is None else self.condition(rows // self.count)
+        drawn = sample_x0(replace(self.target, denoiser=completing), rows, seed=seed, condition=given, **self.drawing)
         return torch.where(hidden, drawn, known)
 
     def pixels(self, completed: Tensor, rows: Tensor) -> Tensor:
@@ -102,8 +106,9 @@ class Completions:
         fill = torch.arange(block).clamp(max=len(rows) - 1)  # calls of one shape
         t = torch.full((block,), self.timestep, dtype=torch.int64, device=self.device)
         x_t = process.add_noise(completed[fill], eps[fill], t)
+        given = None if self.condition is None else on_device(self.condition(rows[fill] // self.count), self.device)
         with torch.no_grad(), evaluation_mode(self.target.denoiser):
-            output = self.target.denoiser(x_t, t, None)
+            output = self.target.denoiser(x_t, t, given)
         guess = process.to_eps(output.float(), x_t, t, self.target.denoiser.prediction)[: len(rows)]
         return (guess - eps).double().square().flatten(1).mean(1)
 

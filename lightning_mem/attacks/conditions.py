@@ -39,6 +39,14 @@ class Conditions:
         """``condition``, for records; nothing where the model takes none."""
         return {} if self.kind == "none" else {"condition": self.kind}
 
+    def part(self, side: str, rows: Tensor) -> "Conditions":
+        """With these rows of one side alone, int64 [n]."""
+        given = self.sides.get(side)
+        if given is None:
+            return self
+        own = given[rows] if isinstance(given, Tensor) else [given[row] for row in rows.tolist()]
+        return Conditions(self.kind, {side: own})
+
     def of(self, target: Target, side: str) -> Asked | None:
         """The conditions of one side's rows; null asks without."""
         return _OfRows(target, self.sides[side]) if side in self.sides else None

@@ -3,7 +3,7 @@
 import csv
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import NormalDist
 from typing import Any
@@ -14,6 +14,14 @@ from torch import Tensor
 
 from lightning_mem.attacks.base import AbstractAttack
 from lightning_mem.attacks.completions import Completions, Half
+from lightning_mem.attacks.conditions import (
+    Captions,
+    Conditions,
+    Rule,
+    check_captions,
+    check_rule,
+    conditions_of,
+)
 from lightning_mem.attacks.loss_scores import loss_z
 from lightning_mem.data.datamodule import BLOCK
 from lightning_mem.diffusion import Sampler, Target
@@ -49,10 +57,11 @@ class Inpainting(AbstractAttack):
             cannot take back what it decided before the seen half had a say: more of them are wrong.
         sample_seed: Of noise and of the drawn images; null takes ``seed_everything``.
         block: Images of a network call: part of the definition.
+        condition: What a text-to-image model is asked under; see :class:`AbstractMembership`.
 
     Raises:
-        ValueError: If a number is out of range, the target is conditioned on classes, or a side has fewer than 2
-            images.
+        ValueError: If a number is out of range, a class-conditional target meets images without labels, or a side has
+            fewer than 2 images.
 
     Undefined when:
         Members and held-out images differ in more than membership: an image with an empty half is easy for everybody.
@@ -80,6 +89,7 @@ class Inpainting(AbstractAttack):
         eta: float | None = None,
         sample_seed: int | None = None,
         block: int = BLOCK,
+        condition: Rule | None = None,
     ) -> None:
         if num_images is not None and num_images < 2:
             raise ValueError(f"num_images must be at least 2, got {num_images}")
@@ -87,6 +97,7 @@ class Inpainting(AbstractAttack):
             raise ValueError(f"kept must lie in 1 .. num_inpaintings, got {kept} of {num_inpaintings}")
         if block < 1:
             raise ValueError(f"block must be at least 1, got {block}")
+        self.condition, self.conditions, self._captions = condition, Conditions(), ""
         self.num_images, self.num_inpaintings, self.kept = num_images, num_inpaintings, kept
         self.half: Half = half
         self.timestep = timestep
@@ -94,18 +105,21 @@ class Inpainting(AbstractAttack):
         eta = float(sampler == "ddim") if eta is None else eta
         self.drawing: dict[str, Any] = {"num_steps": num_steps, "sampler": sampler, "eta": eta, "block": block}
 
+    def prepare(self, target: Target, captions: Callable[[], Captions | None]) -> None:
+        """A text-to-image model is asked under captions; see :class:`AbstractAttack`."""
+        if target.conditioner is not None and self.condition != "empty":
+            found = check_captions(captions(), self.condition)
+            self._captions = "" if found is None else digest(found)
+
     def identity(self, target: Target, path: str, home: Path) -> str:
         """Digest of target and settings; see :class:`AbstractAttack`."""
-        if target.num_classes is not None:
-            raise ValueError(
-                f"the inpainting attack needs an unconditional target, got one of {target.num_classes} classes: it "
-                "does not read the label of an image"
-            )
+        check_rule(target, self.condition)
         if not 0 <= self.timestep < target.process.num_timesteps:
             raise ValueError(f"timestep must lie in [0, {target.process.num_timesteps}), got {self.timestep}")
         if min(target.shape[1:]) < 2:
             raise ValueError(f"an image of {target.shape} in the denoiser's space has no half to hide")
-        return digest(target.digest, self._definition(), self.num_images, self.seed)
+        under = [word for word in (self.condition, self._captions) if word]
+        return digest(target.digest, self._definition(), self.num_images, self.seed, *under)
 
     def _definition(self) -> dict[str, Any]:
         return {
@@ -124,13 +138,14 @@ class Inpainting(AbstractAttack):
                 f"the inpainting attack needs at least 2 members and 2 held-out images, got {len(sides['members'])} "
                 f"and {len(heldout)}: raise data.num_heldout"
             )
+        self.conditions = conditions_of(scene.target, reference, self.condition)
         found, chosen = {}, {}
         for kind, images in sides.items():
             chosen[kind] = torch.randperm(len(images), generator=generator(self.seed, "inpainting images", kind))
             chosen[kind] = chosen[kind][: self.num_images].sort().values
             completions = Completions(
                 scene.target, images[chosen[kind]], self.half, self.num_inpaintings, self.timestep, self.seed, kind,
-                self.drawing, scene.workers.device,
+                self.drawing, scene.workers.device, self.conditions.part(kind, chosen[kind]).of(scene.target, kind),
             )  # fmt: skip
             found[kind] = self._all(scene, completions)
         best = {kind: self._best(scores) for kind, scores in found.items()}
@@ -177,7 +192,7 @@ class Inpainting(AbstractAttack):
         curve, half = roc(-members, -heldout), NormalDist().inv_cdf(0.975)
         n = len(members) + len(heldout)
         about = {
-            **self._definition(), "statistic": statistic, "num_members": len(members), "num_heldout": len(heldout),
+            **self._definition(), **self.conditions.definition, "statistic": statistic, "num_members": len(members), "num_heldout": len(heldout),
             "distance": "rms-l2 of the hidden half",
         }  # fmt: skip
         reference, z = scene.reference(), loss_z(members, heldout)

@@ -162,5 +162,5 @@ def test_what_cannot_be_completed_is_refused() -> None:
     with pytest.raises(ValueError, match="at least 2 members and 2 held-out images, got 8 and 1"):
         Inpainting(**OPTIONS).run(scene_of(target, MEMBERS, HELDOUT[:1]))
     target.num_classes = 3
-    with pytest.raises(ValueError, match="needs an unconditional target, got one of 3 classes"):
-        Inpainting(**OPTIONS).identity(target, "x", Path("x"))
+    with pytest.raises(ValueError, match="conditioned on 3 classes, and each image is asked about under its own label"):
+        Inpainting(**OPTIONS).run(scene_of(target, MEMBERS, HELDOUT))
