@@ -147,8 +147,8 @@ class Extraction(AbstractAttack):
         rules: list[tuple[Rule, float]] = [("normalized_l2", cut) for cut in self.cuts]
         rules.append(("rms_l2", self.delta))
         about = {
-            "num_samples": self.num_samples, **settings, "neighbors": min(self.neighbors, banks.distinct("members")),
-            "alpha": self.alpha, "protection": settings.get("guidance", "none"),
+            "num_samples": self.num_samples, "protection": settings.get("guidance", "none"), **settings,
+            "neighbors": min(self.neighbors, banks.distinct("members")), "alpha": self.alpha,
         }  # fmt: skip
         numbers = [number for rule, cut in rules for number in numbers_under(near, banks, rule, cut, about)]
         numbers += eidetic_numbers(near, banks, self.delta, self.eidetic_k, about)

@@ -287,7 +287,7 @@ class ToNoImage(AbstractAddition):
         def term(x_t: Tensor, t: Tensor, addresses: Tensor) -> Tensor:
             return -30 * x_t
 
-        term.settings = {"guidance": "grey"}  # type: ignore[attr-defined]
+        term.settings = {"protection": "grey"}  # type: ignore[attr-defined]
         return [term]
 
 
