@@ -109,7 +109,8 @@ class Posterior:
         """sum_k share_k E[x0 | x_t, k] for log m and share [K, B]; [B, D]."""
         total = torch.zeros((), dtype=torch.float64, device=share.device)
         for images, groups, _, logits in chunks():
-            weight = (logits - _spread(log_mass, groups)).exp_().mul_(_spread(share, groups))
+            weight, spread = (logits - _spread(log_mass, groups)).exp_(), _spread(share, groups)
+            weight = weight * spread if weight.requires_grad else weight.mul_(spread)
             total = total + weight.T @ images
         return total
 
