@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,11 @@ from torch import Tensor
 
 from lightning_mem.attacks.base import AbstractAttack
 from lightning_mem.attacks.cliques import largest_cliques, tightest, tiled_distances
+from lightning_mem.attacks.conditions import Captions
+from lightning_mem.attacks.extraction_costs import cost_numbers, denoiser_calls
 from lightning_mem.attacks.placement import placed
 from lightning_mem.attacks.prompted_report import FOUND, Verdict, draw_found, prompted_numbers, write_prompts
-from lightning_mem.attacks.prompts import condition_of, read_prompts, rows_of, with_cfg
+from lightning_mem.attacks.prompts import condition_of, filled, prompt_lists, rows_of, with_cfg
 from lightning_mem.data.datamodule import BLOCK
 from lightning_mem.diffusion import Sampler, Target, sample
 from lightning_mem.evaluation import Scene
@@ -36,7 +38,8 @@ class PromptedExtraction(AbstractAttack):
 
     Records: ``attack/prompted/flagged`` (share of the prompts) and ``flagged_heldout`` (of ``heldout_prompts``),
     ``precision`` (share of the flagged that are extracted) and ``precision_heldout``, ``images`` (different training
-    images), ``clique_size`` (mean over prompts of the largest). ``tables/prompts.csv`` has a row for every prompt, in
+    images), ``clique_size`` (mean over prompts of the largest), ``evaluations`` (denoiser calls of a generation) and
+    ``seconds_per_image`` (of drawing it and searching the graph). ``tables/prompts.csv`` has a row for every prompt, in
     order of rank.
 
     Prompts are worked through one after the other, each dealt out to all processes; of its generations only those
@@ -44,7 +47,8 @@ class PromptedExtraction(AbstractAttack):
 
     Args:
         prompts: A list, or a file: ``.csv`` with a column ``caption``, ``prompt`` or ``text``, else one a line. Of a
-            class-conditional target its labels, as text.
+            class-conditional target its labels, as text. null takes the captions of the data's members, and those of
+            held-out images as the control; of a class-conditional target all its labels.
         heldout_prompts: Prompts of images that were not trained on, likewise: the control; null for none.
         num_generations: Samples of a prompt, at least 2; the paper's number is 500.
         cfg_weight: Of classifier-free guidance, 1 for none; null leaves the target's own (class-conditional models).
@@ -82,7 +86,7 @@ class PromptedExtraction(AbstractAttack):
 
     def __init__(
         self,
-        prompts: list[str] | str,
+        prompts: list[str] | str | None = None,
         heldout_prompts: list[str] | str | None = None,
         num_generations: int = 500,
         cfg_weight: float | None = 7.5,
@@ -109,12 +113,7 @@ class PromptedExtraction(AbstractAttack):
             raise ValueError(f"clique_size {clique_size} is more than the {num_generations} generations of a prompt")
         if not 0 < delta_edge < 1 or not 0 < delta < 1:
             raise ValueError(f"delta_edge and delta must lie in (0, 1), got {delta_edge} and {delta}")
-        self.prompts = {"members": read_prompts(prompts), "heldout": read_prompts(heldout_prompts)}
-        if not self.prompts["members"]:
-            raise ValueError("prompts must name at least one prompt, got none")
-        both = set(self.prompts["members"]) & set(self.prompts["heldout"])
-        if both:
-            raise ValueError(f"{len(both)} prompts are in prompts and in heldout_prompts, such as {min(both)!r}")
+        self.prompts = prompt_lists(prompts, heldout_prompts)
         self.rules = {"delta_edge": delta_edge, "clique_size": clique_size, "tiles": tiles}
         self.num_generations, self.cfg_weight, self.block = num_generations, cfg_weight, block
         self.delta, self.verify, self.kept, self.pictures = delta, verify, kept, pictures
@@ -122,8 +121,13 @@ class PromptedExtraction(AbstractAttack):
         self.seed = seed
         self.drawing: dict[str, Any] = {"num_steps": num_steps, "sampler": sampler, "eta": eta, "block": block}
 
+    def prepare(self, target: Target, captions: Callable[[], Captions | None]) -> None:
+        """Without prompts the captions are the prompts; see :class:`AbstractAttack`."""
+        self.prompts = filled(self.prompts, target, captions)
+
     def identity(self, target: Target, path: str, home: Path) -> str:
         """Digest of target, prompts and settings; see :class:`AbstractAttack`."""
+        self.prompts = filled(self.prompts, target, lambda: None)
         with_cfg(target, self.cfg_weight)  # refuses before anything is drawn, as does what follows
         for prompts in self.prompts.values():
             condition_of(target, prompts[:1] if target.num_classes is None else prompts)
@@ -153,6 +157,10 @@ class PromptedExtraction(AbstractAttack):
             for bank, images in banks.items():
                 self._verify(scene, found, bank, images)
         numbers = prompted_numbers(found, self.delta, self._settings(target), banks)
+        calls = denoiser_calls(target, self.drawing["sampler"], self.drawing["num_steps"], conditioned=True)
+        seconds_each = torch.tensor([verdict.seconds for verdict in found]) / self.num_generations
+        each = seconds_each.repeat_interleave(self.num_generations)
+        numbers += cost_numbers(calls, each, self._settings(target), "generation")
         ranked = sorted(found, key=lambda verdict: verdict.rank)
 
         def write() -> None:
@@ -183,13 +191,16 @@ class PromptedExtraction(AbstractAttack):
                 "--out"
             )
         if kept is None:
+            start = time.perf_counter()
             images = self._generate(scene, target, prompt)
             distances = tiled_distances(images, tiles=int(self.rules["tiles"]), workers=scene.workers)
-            scene.first(lambda: self._sum_up(images, distances, settings, target).save(file))
+            scene.first(lambda: self._sum_up(images, distances, settings, target, start).save(file))
             kept = SampleSet.load(file)
         found = {key: kept.settings[key] for key in FOUND}
         flagged = found["largest"] >= self.rules["clique_size"]
-        return Verdict(prompt, kind, flagged, kept.images[0], int(kept.addresses[0]), **found)
+        # nothing else of a prompt stays in memory
+        claimed = kept.images[0].clone() if flagged else kept.images.new_empty(0)
+        return Verdict(prompt, kind, flagged, claimed, int(kept.addresses[0]), **found)
 
     def _generate(self, scene: Scene, target: Target, prompt: str) -> Tensor:
         workers, condition = scene.workers, condition_of(target, [prompt])
@@ -204,8 +215,10 @@ class PromptedExtraction(AbstractAttack):
 
         return workers.in_blocks(self.num_generations, draw, self.block, "drawing generations").cpu()
 
-    def _sum_up(self, images: Tensor, distances: Tensor, settings: dict[str, Any], target: Target) -> SampleSet:
-        """The generations nearest the medoid, itself first, and in the settings what was found."""
+    def _sum_up(
+        self, images: Tensor, distances: Tensor, settings: dict[str, Any], target: Target, start: float
+    ) -> SampleSet:
+        """The generations nearest the medoid, itself first, and in the settings what was found since ``start``."""
         size = int(self.rules["clique_size"])
         cliques = largest_cliques(distances, float(self.rules["delta_edge"]))
         chosen = tightest(cliques, size)
@@ -218,7 +231,7 @@ class PromptedExtraction(AbstractAttack):
             "edges": edges, "largest": len(cliques[0].vertices) if cliques else 1,
             "clique": 1 if chosen is None else len(chosen.vertices),
             "mean_distance": None if chosen is None else chosen.mean_distance,
-            "exact": all(clique.exact for clique in cliques),
+            "exact": all(clique.exact for clique in cliques), "seconds": time.perf_counter() - start,
         }  # fmt: skip
         return SampleSet(images[places], places, None, target.weights, {**settings, **found})
 

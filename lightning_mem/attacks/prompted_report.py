@@ -16,9 +16,9 @@ from lightning_mem.evaluation.numbers import absent, share
 from lightning_mem.evaluation.pictures import pixels, tile
 from lightning_mem.records import atomic_write
 
-FOUND = ("edges", "largest", "clique", "mean_distance", "exact")
-"""What a prompt's graph says: edges, size of the largest clique, size and tightness of the ranking one, and whether
-the search for cliques was complete."""
+FOUND = ("edges", "largest", "clique", "mean_distance", "exact", "seconds")
+"""What a prompt's graph says: edges, size of the largest clique, size and tightness of the ranking one, whether the
+search for cliques was complete, and what drawing and searching took."""
 
 
 @dataclass
@@ -29,13 +29,14 @@ class Verdict:
         prompt: The prompt.
         kind: ``members``, or ``heldout`` for the control.
         flagged: Whether some clique is large enough.
-        image: uint8 [C, H, W], the medoid of the clique; the first generation where there is none.
-        address: Of the image among the prompt's generations.
+        image: uint8 [C, H, W], the medoid of the clique, which is what is claimed; empty where not flagged.
+        address: Of the medoid among the prompt's generations; of the first one where there is no clique.
         edges: Of the graph.
         largest: Vertices of the largest clique; 1 where there is none.
         clique: Vertices of the clique by which the prompt is ranked.
         mean_distance: Within that clique; null where there is none.
         exact: Whether the search for cliques was complete.
+        seconds: Of drawing the generations and searching their graph.
         nearest: By bank: tiled distance to the nearest image, and its row; of flagged prompts that were verified.
     """
 
@@ -49,6 +50,7 @@ class Verdict:
     clique: int
     mean_distance: float | None
     exact: bool
+    seconds: float
     nearest: dict[str, tuple[float, int]] = field(default_factory=dict)
 
     @property

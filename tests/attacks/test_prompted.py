@@ -2,6 +2,8 @@
 
 import csv
 import dataclasses
+import io
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,11 +12,13 @@ import networkx as nx
 import pytest
 import torch
 from oracles import MixtureDenoiser
+from rich.console import Console
 from torch import Tensor
 from victim import patterns, scene_of
 
 from lightning_mem.attacks import PromptedExtraction, largest_cliques, prompted, tiled_distances
 from lightning_mem.attacks.cliques import tightest
+from lightning_mem.attacks.prompted_report import Verdict
 from lightning_mem.attacks.prompts import read_prompts, with_cfg
 from lightning_mem.diffusion import DiffusionProcess, Target
 from lightning_mem.evaluation import Scene, Workers
@@ -171,6 +175,70 @@ def test_planted_copies_among_500_generations_are_found_with_precision_one() -> 
     assert Path("results/images/flagged.png").stat().st_size > 1000
 
 
+def told(records: list[Record]) -> list[tuple[Any, ...]]:
+    """All but what took time."""
+    return [(r.name, r.value, r.definition) for r in records if not r.name.endswith("/seconds_per_image")]
+
+
+def test_evaluations_are_the_calls_of_a_generation() -> None:
+    options = {**OPTIONS, "prompts": ["b"], "heldout_prompts": None, "verify": False, "clique_size": 2, "kept": 2}
+    for sampler, steps, expected in (("ddim", 3, 3), ("heun", 3, 5)):
+        scene = planted_scene(sampler)
+        rows = count_rows(scene.target)
+        attack = PromptedExtraction(**{**options, "num_generations": 64, "sampler": sampler, "num_steps": steps})
+        found = named(attack.run(scene))
+        assert found["evaluations"].value == sum(rows) / 64 == expected
+        assert found["evaluations"].n == found["seconds_per_image"].n == 64
+        assert 0 < found["seconds_per_image"].value < found["seconds_per_image"].seconds / 64
+        console = Console(width=80, record=True, file=io.StringIO())
+        console.print(attack.table(list(found.values())))
+        assert "attack/prompted/evaluations" in console.export_text()
+
+
+def count_rows(target: Target) -> list[int]:
+    """Rows of every call of the target's denoiser from now on."""
+    rows: list[int] = []
+    denoiser = target.denoiser
+
+    class Counting:
+        prediction = denoiser.prediction
+
+        def __call__(self, x_t: Tensor, t: Tensor, condition: Any = None) -> Tensor:
+            rows.append(len(x_t))
+            return denoiser(x_t, t, condition)
+
+    target.denoiser = Counting()
+    return rows
+
+
+def test_of_a_prompt_nothing_stays_in_memory_but_a_flagged_ones_claim(monkeypatch: pytest.MonkeyPatch) -> None:
+    alive: dict[int, int] = {}
+    most: list[int] = []
+    original = prompted.sample
+
+    def draw(*args: Any, **options: Any) -> Tensor:
+        images = original(*args, **options)
+        alive[id(images)] = len(images)
+        weakref.finalize(images, alive.pop, id(images))
+        most.append(sum(alive.values()))
+        return images
+
+    monkeypatch.setattr(prompted, "sample", draw)
+    found: list[Verdict] = []
+    verdict = prompted.PromptedExtraction._prompt
+    monkeypatch.setattr(
+        PromptedExtraction,
+        "_prompt",
+        lambda *args: found.append(own := verdict(*args)) or own,  # type: ignore[func-returns-value]
+    )
+    PromptedExtraction(**{**OPTIONS, "num_generations": 128, "block": 64, "pictures": 0}).run(planted_scene())
+    assert len(most) == 2 * 5
+    assert max(most) <= 128
+    held = [verdict.image.untyped_storage().nbytes() for verdict in found]
+    assert held == [64 * verdict.flagged for verdict in found]
+    assert 0 < sum(held) < 64 * len(found)
+
+
 def stop_at(monkeypatch: pytest.MonkeyPatch, seen: list[int], last: int) -> None:
     original: Callable[..., Tensor] = prompted.sample
 
@@ -193,7 +261,11 @@ def test_a_stopped_attack_goes_on_with_the_prompt_it_was_at(monkeypatch: pytest.
             PromptedExtraction(**options).run(planted_scene())
         again = PromptedExtraction(**options).run(planted_scene())
     assert seen == [2, 2, 0, 0, 0, 0, 3, 3, 1, 1, 4, 4]
-    assert [(r.name, r.value, r.definition) for r in again] == [(r.name, r.value, r.definition) for r in whole]
+    assert told(again) == told(whole)
+    before = {path: path.read_bytes() for path in Path("results").glob("samples/prompts/*")}
+    third = named(PromptedExtraction(**options).run(planted_scene()))
+    assert third["seconds_per_image"].value == named(again)["seconds_per_image"].value  # kept with each prompt
+    assert before == {path: path.read_bytes() for path in Path("results").glob("samples/prompts/*")}
     with pytest.raises(ValueError, match="holds another draw .* choose another --out"):
         PromptedExtraction(**{**options, "num_steps": 5}).run(planted_scene())
 
@@ -204,7 +276,8 @@ def test_training_images_are_not_read_where_nothing_is_verified() -> None:
 
     options = {**OPTIONS, "num_generations": 64, "prompts": ["b"], "verify": False}
     found = named(PromptedExtraction(**options).run(dataclasses.replace(planted_scene(), read=read)))
-    assert set(found) == {"flagged", "flagged_heldout", "clique_size", "clique_size_heldout"}
+    costs = {"evaluations", "seconds_per_image"}
+    assert set(found) == {"flagged", "flagged_heldout", "clique_size", "clique_size_heldout", *costs}
     assert found["flagged"].value == 1
     with pytest.raises(PermissionError):
         PromptedExtraction(**{**options, "verify": True}).run(dataclasses.replace(planted_scene(), read=read))
