@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_mem.attacks.conditions import Rule
 from lightning_mem.attacks.membership import AbstractMembership
 from lightning_mem.attacks.query import Query, ask_images
 from lightning_mem.diffusion import ScoreTerm, Target
@@ -35,6 +36,7 @@ class FlowLikelihood(AbstractMembership):
         candidates: Timesteps that the calibrated attacker picks from; null for ``timesteps``.
         curve: Timesteps of ``auc_curve``; null for none.
         noise_seed: Of signs and split; null takes ``seed_everything``.
+        condition: Of text-to-image models; see :class:`AbstractMembership`.
 
     Raises:
         ValueError: If a number is out of range, or the target cannot be differentiated.
@@ -65,8 +67,9 @@ class FlowLikelihood(AbstractMembership):
         candidates: list[int] | None = None,
         curve: list[int] | None = None,
         noise_seed: int | None = None,
+        condition: Rule | None = None,
     ) -> None:
-        super().__init__(None, "", timesteps, candidates, curve, noise_seed)
+        super().__init__(None, "", timesteps, candidates, curve, noise_seed, condition)
         for word, value in (("num_steps", num_steps), ("num_probes", 1 if num_probes is None else num_probes)):
             if value < 1:
                 raise ValueError(f"{word} must be at least 1, got {value}")
@@ -95,7 +98,8 @@ class FlowLikelihood(AbstractMembership):
             found = [log_density(query, x0, rows, self.nodes(query, t), probes) for t in self.times]
             return -torch.stack(found, 1) / (x0[0].numel() * math.log(2))
 
-        return ask_images(target, images, arms, bits, workers, f"{self.title} on {name}")
+        asked = self.conditions.of(target, name)
+        return ask_images(target, images, arms, bits, workers, f"{self.title} on {name}", asked)
 
     def nodes(self, query: Query, t: int) -> list[int]:
         """``num_steps + 1`` timesteps from t to the last one, near to evenly spaced in log sigma."""

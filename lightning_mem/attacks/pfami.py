@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_mem.attacks.conditions import Rule
 from lightning_mem.attacks.loss_scores import reconstruction_losses
 from lightning_mem.attacks.membership import AbstractMembership
 from lightning_mem.diffusion import ScoreTerm, Target
@@ -36,6 +37,7 @@ class PFAMI(AbstractMembership):
         candidates: Timesteps that the calibrated attacker picks from; null for ``timesteps``.
         curve: Timesteps of ``auc_curve``; null for none.
         noise_seed: Of noise and split; null takes ``seed_everything``.
+        condition: Of text-to-image models; see :class:`AbstractMembership`.
 
     Raises:
         ValueError: If a number is out of range, or the protection does not belong to the target.
@@ -68,8 +70,9 @@ class PFAMI(AbstractMembership):
         candidates: list[int] | None = None,
         curve: list[int] | None = None,
         noise_seed: int | None = None,
+        condition: Rule | None = None,
     ) -> None:
-        super().__init__(protection, setting, timesteps, candidates, curve, noise_seed)
+        super().__init__(protection, setting, timesteps, candidates, curve, noise_seed, condition)
         self.zooms = torch.linspace(0.95, 0.7, 10).double().tolist() if zooms is None else list(zooms)
         if not self.zooms or not all(0 < share < 1 for share in self.zooms):
             raise ValueError(f"zooms must be at least one share in (0, 1), got {zooms}")
@@ -104,8 +107,9 @@ class PFAMI(AbstractMembership):
 
         def losses(view: Tensor) -> dict[str, Tensor]:
             return reconstruction_losses(
-                target, view, asked, arms, seed=self.seed, name=name, num_draws=self.num_draws, workers=workers
-            )
+                target, view, asked, arms, seed=self.seed, name=name, num_draws=self.num_draws, workers=workers,
+                condition=self.conditions.of(target, name),
+            )  # fmt: skip
 
         whole = losses(images)
         for share in self.zooms:

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_mem.attacks.conditions import Rule
 from lightning_mem.attacks.membership import AbstractMembership
 from lightning_mem.attacks.query import Query, ask_images
 from lightning_mem.diffusion import ScoreTerm, Target
@@ -30,6 +31,7 @@ class SimA(AbstractMembership):
         candidates: Timesteps that the calibrated attacker picks from; null for ``timesteps``.
         curve: Timesteps of ``auc_curve``; null for none.
         noise_seed: Of the split; null takes ``seed_everything``.
+        condition: Of text-to-image models; see :class:`AbstractMembership`.
 
     Raises:
         ValueError: If a number is out of range, or the protection does not belong to the target.
@@ -61,8 +63,9 @@ class SimA(AbstractMembership):
         candidates: list[int] | None = None,
         curve: list[int] | None = None,
         noise_seed: int | None = None,
+        condition: Rule | None = None,
     ) -> None:
-        super().__init__(protection, setting, timesteps, candidates, curve, noise_seed)
+        super().__init__(protection, setting, timesteps, candidates, curve, noise_seed, condition)
         if not power > 0:
             raise ValueError(f"power must be positive, got {power}")
         self.power = power
@@ -80,7 +83,8 @@ class SimA(AbstractMembership):
         self, target: Target, images: Tensor, arms: Mapping[str, Sequence[ScoreTerm]], name: str, workers: Workers
     ) -> dict[str, Tensor]:
         """S; see :class:`AbstractMembership`."""
-        return ask_images(target, images, arms, self.errors, workers, f"{self.title} on {name}")
+        asked = self.conditions.of(target, name)
+        return ask_images(target, images, arms, self.errors, workers, f"{self.title} on {name}", asked)
 
     def errors(self, query: Query, x0: Tensor, rows: Tensor) -> Tensor:
         """S of a block, float64 [B, T]."""
