@@ -1,0 +1,165 @@
+"""Gradients of training images and queries: of one number that a network gives for an image, over its timesteps."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lightning_mem.data.split import image_digest
+from lightning_mem.diffusion import DiffusionProcess, Target
+from lightning_mem.diffusion.gradients import per_example_gradients
+from lightning_mem.diffusion.sampling import evaluation_mode, network_of
+from lightning_mem.randomness import generator
+from lightning_mem.types import to_float
+
+OutputName = Literal["loss", "squared_norm"]
+"""Names of :data:`OUTPUTS`."""
+
+Output = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, DiffusionProcess], Tensor]
+"""(network output, x_t, x0, eps [B, C, H, W], t int64 [B], process) -> [B]."""
+
+
+def loss_output(out: Tensor, x_t: Tensor, x0: Tensor, eps: Tensor, t: Tensor, process: DiffusionProcess) -> Tensor:
+    r"""Mean squared error of what the network is asked for, :math:`\frac{1}{d}|\epsilon_\theta - \epsilon|^2`, [B]."""
+    return (out - process.training_target(x0, eps, t)).square().flatten(1).mean(1)
+
+
+def norm_output(out: Tensor, x_t: Tensor, x0: Tensor, eps: Tensor, t: Tensor, process: DiffusionProcess) -> Tensor:
+    r"""Mean square of the predicted noise, :math:`\frac{1}{d}|\epsilon_\theta|^2`, [B]; D-TRAK's output."""
+    return process.to_eps(out, x_t, t).square().flatten(1).mean(1)
+
+
+OUTPUTS: Mapping[OutputName, Output] = {"loss": loss_output, "squared_norm": norm_output}
+"""What is differentiated, by name."""
+
+
+def spaced_timesteps(count: int, num_timesteps: int) -> list[int]:
+    """Training timesteps in the middle of ``count`` equal parts of [0, T): uniformly spaced, both ends left alike.
+
+    Raises:
+        ValueError: If there are not so many different ones.
+    """
+    if not 1 <= count <= num_timesteps:
+        raise ValueError(f"num_timesteps must lie in [1, {num_timesteps}], the target's own, got {count}")
+    return [(2 * number + 1) * num_timesteps // (2 * count) for number in range(count)]
+
+
+@dataclass(frozen=True)
+class ImageGradients:
+    r"""The gradient of an image, averaged over timesteps and draws of noise.
+
+    .. math:: g(x) = \frac{1}{K} \sum_{k} u\Big(\frac{1}{R} \sum_{r} \nabla_\theta
+        F\big(\theta;\ \sqrt{\bar\alpha_{t_k}}\,x + \sqrt{1 - \bar\alpha_{t_k}}\,\epsilon_{k r},\ t_k\big)\Big)
+
+    where u is the identity or, with ``unit``, division by the L2 norm. The noise depends on seed, content of the image,
+    timestep and draw alone: not on its place, company or process, and equal images get equal gradients. White box: the
+    network is differentiated in all its parameters, in evaluation mode.
+
+    Args:
+        target: The model. A class-conditional one is asked under the image's own label, one on prompts under the
+            empty prompt.
+        output: F; see :data:`OUTPUTS`.
+        num_timesteps: K, at least 1.
+        num_draws: R, at least 1.
+        unit: Divide the gradient of each timestep by its norm.
+        seed: Of the noise.
+        calls_at_once: Noised images that are differentiated together; bounds the memory.
+        device: Where to compute.
+
+    Raises:
+        ValueError: If a number is out of range, or the target has no network (a closed form).
+    """
+
+    target: Target
+    output: Output = loss_output
+    num_timesteps: int = 10
+    num_draws: int = 1
+    unit: bool = False
+    seed: int = 0
+    calls_at_once: int = 128
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    def __post_init__(self) -> None:
+        for name in ("num_draws", "calls_at_once"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        spaced_timesteps(self.num_timesteps, self.target.process.num_timesteps)
+        self.network.to(self.device)
+
+    @property
+    def network(self) -> torch.nn.Module:
+        """What is differentiated."""
+        network = network_of(self.target.denoiser)
+        if network is None or not any(True for _ in network.parameters()):
+            raise ValueError("gradients need a target with a network: a closed form has no parameters")
+        return network
+
+    @property
+    def num_weights(self) -> int:
+        """Length of a gradient."""
+        return sum(part.numel() for part in self.network.parameters())
+
+    @property
+    def per_image(self) -> int:
+        """Gradients of the network that one image takes."""
+        return self.num_timesteps * self.num_draws
+
+    def __call__(self, images: Tensor, labels: Tensor | None = None, mirror: bool = False) -> Tensor:
+        """Gradients [B, P] in the network's precision.
+
+        Args:
+            images: uint8 [B, C, H, W], pixels.
+            labels: int64 [B], for a class-conditional target.
+            mirror: Mean of the gradients of the image and its mirror image: a training that flips saw both.
+
+        Raises:
+            ValueError: If a class-conditional target gets no labels.
+        """
+        if self.target.num_classes is not None and labels is None:
+            raise ValueError(
+                f"the target is conditioned on {self.target.num_classes} classes: its gradients need the images' "
+                "labels (data.labels of the run; labels of the queries)"
+            )
+        labels = labels if self.target.num_classes is not None else None
+        found = self._of(images, labels)
+        return (found + self._of(images.flip(-1), labels)) / 2 if mirror else found
+
+    @torch.no_grad()
+    def _of(self, images: Tensor, labels: Tensor | None) -> Tensor:
+        times = spaced_timesteps(self.num_timesteps, self.target.process.num_timesteps)
+        dtype = next(self.network.parameters()).dtype
+        x0 = self.target.codec.encode(to_float(images).to(self.device)).to(dtype)
+        keys = [image_digest(image) for image in images.cpu().numpy()]
+        own = () if labels is None else (labels.to(self.device),)
+        # what is averaged inside one backward pass; a unit gradient is one timestep's
+        size = 1 if self.unit else min(self.num_timesteps, max(1, self.calls_at_once // self.num_draws))
+        total = torch.zeros(len(images), self.num_weights, dtype=dtype, device=self.device)
+        with evaluation_mode(self.target.denoiser):
+            for some in (times[start : start + size] for start in range(0, len(times), size)):
+                eps = torch.stack([self._noise(key, some) for key in keys]).to(x0)
+                at = torch.tensor(some, device=self.device).repeat_interleave(self.num_draws)
+                chunk = max(1, self.calls_at_once // len(at))
+                found = per_example_gradients(self.network, self._value(at), x0, eps, *own, chunk_size=chunk)
+                if self.unit:
+                    found = found / found.norm(dim=1, keepdim=True).clamp_min(torch.finfo(dtype).tiny)
+                total += found * (len(some) / len(times))
+        return total
+
+    def _noise(self, key: str, times: list[int]) -> Tensor:
+        """Draws of one image, [timesteps * R, C, H, W]."""
+        draws = [generator(self.seed, "attribution", key, t, draw) for t in times for draw in range(self.num_draws)]
+        return torch.stack([torch.randn(self.target.shape, generator=draw) for draw in draws])
+
+    def _value(self, at: Tensor) -> Callable[..., Tensor]:
+        """F of one image, averaged over these timesteps and draws."""
+        process, denoiser = self.target.process, self.target.denoiser
+
+        def value(clean: Tensor, noise: Tensor, *label: Tensor) -> Tensor:
+            x0 = clean.expand_as(noise)
+            x_t = process.add_noise(x0, noise, at)
+            out = denoiser(x_t, at, *(own.expand(len(at)) for own in label))
+            return self.output(out, x_t, x0, noise, at, process).mean()
+
+        return value
