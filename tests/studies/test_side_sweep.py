@@ -1,4 +1,4 @@
-"""A sweep of SIDE: its chains of rows, what spares a row, and its claims from attacks whose numbers were planted."""
+"""The rows of a sweep of SIDE: what each is given, in what order they run, and what is not run again."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -7,24 +7,14 @@ from typing import Any
 
 import pytest
 import yaml
-from scipy import stats
-from tiny_study import TINY, ratio_curve, write_run
+from sweeping import planted, sweep
+from tiny_study import write_run
 
-from lightning_mem.data.plan import Row, merge, read_plan
-from lightning_mem.metrics import wilson_interval
-from lightning_mem.records import Record, read_records, write_records
-from lightning_mem.studies import Run, Settings, SideSweep, runner
+from lightning_mem.data.plan import merge, read_plan
+from lightning_mem.records import read_records, write_records
+from lightning_mem.studies import Settings, SideSweep, runner
 from lightning_mem.studies.launch import Stop
 from lightning_mem.studies.recipe import FinishedRuns, parents_of
-from lightning_mem.studies.side_sweep import peak_over_ends
-
-SURROGATE = {
-    "model": {"class_path": "x.SurrogateModule", "init_args": {"target": "?"}},
-    "data": {"source": {"class_path": "x.PseudoLabels", "init_args": {"target": "?", "num_clusters": 10}}},
-    "trainer": {"max_steps": 30},
-}
-ATTACK = {"attack": {"class_path": "x.SIDE", "init_args": {"guidance_scale": 1.0}}}
-N = 500
 
 
 def plain_config(options: Sequence[str], verb: str = "fit") -> dict[str, Any]:
@@ -33,20 +23,6 @@ def plain_config(options: Sequence[str], verb: str = "fit") -> dict[str, Any]:
     for file in options[1::2] if "--ckpt_path" not in options else options[1:-2:2]:
         found = merge(found, yaml.safe_load(file if "\n" in file else Path(file).read_text()))
     return {key: value for key, value in found.items() if verb == "attack" or key not in ("attack", "out")}
-
-
-def planted(values: dict[str, float], n: int = N) -> list[Record]:
-    """Records of an attack whose arms hit as often as told; every second copied image is a new one."""
-    found = []
-    for arm, hits in values.items():
-        about = {"surrogate": arm, "rule": "1/3", "target_digest": f"{hits}"}
-        low, high = wilson_interval(round(hits * n), n)
-        found.append(Record("attack/side/hits", hits, n, 12, low, high, "ema", definition=about))
-        found.append(Record("attack/side/hits_heldout", 0.0, n, 12, 0.0, 0.01, "ema", definition=about))
-        found.append(Record("attack/side/ams/high", hits / 2, n, 12, weights="ema", definition=about))
-        found.append(Record("attack/side/ums/high", hits / 4, n, 12, weights="ema", definition=about))
-        found.append(Record("attack/side/unique_share", hits / 2, n, 12, weights="ema", definition=about))
-    return found
 
 
 class Chains:
@@ -96,16 +72,6 @@ def chains(monkeypatch: pytest.MonkeyPatch) -> Chains:
     return found
 
 
-def sweep(**changes: Any) -> SideSweep:
-    for name, content in (("surrogate.yaml", SURROGATE), ("side.yaml", ATTACK)):
-        Path(name).write_text(yaml.safe_dump(content))
-    own: dict[str, Any] = {
-        "config": [str(TINY)], "surrogate": ["surrogate.yaml"], "attack": ["side.yaml"], "parameter": "lambda",
-        "values": [0.5, 1.0], "sets": {"attack": ["attack.init_args.guidance_scale"]}, "num_members": 20, "seeds": [0],
-    }  # fmt: skip
-    return SideSweep(**{**own, **changes})
-
-
 CLUSTERS = {
     "parameter": "clusters", "values": [5, 10],
     "sets": {"surrogate": ["data.source.init_args.num_clusters"], "attack": ["attack.init_args.labels.num_clusters"]},
@@ -119,9 +85,6 @@ def run(study: SideSweep, folder: str, **options: Any) -> Path:
 
 def names(study: SideSweep) -> list[str]:
     return [row.name for row in study.rows()]
-
-
-# --- rows --------------------------------------------------------------------------------------------------------
 
 
 def test_what_does_not_depend_on_the_value_is_run_once_a_seed() -> None:
@@ -171,9 +134,6 @@ def test_each_row_gets_its_value_and_the_folders_it_builds_on() -> None:
     assert asked == {"time_dependent": False, "labels_as": "hard", "target": "target_seed0"}
     given = study.settings(attack, "s", places)["attack"]["init_args"]
     assert (given["surrogate"], given["time_independent"]) == ("surrogate_seed0", "time_independent_seed0")
-
-
-# --- running -----------------------------------------------------------------------------------------------------
 
 
 def test_a_chain_is_run_in_order_and_once(chains: Chains, capsys: pytest.CaptureFixture) -> None:
@@ -282,124 +242,3 @@ def test_time_is_told_by_the_rows_of_a_kind(chains: Chains, capsys: pytest.Captu
     capsys.readouterr()
     runner.study(sweep(values=[0.5, 1.0, 2.0, 3.0]), "runs/one", dry_run=True, read_config=plain_config)
     assert "0 trainings and 2 attacks to do; time: about 0:03:00" in " ".join(capsys.readouterr().out.split())
-
-
-# --- claims ------------------------------------------------------------------------------------------------------
-
-LAMBDAS = [0.0, 1.0, 2.0, 4.0]
-HITS = {0: [0.20, 0.40, 0.50, 0.10], 1: [0.22, 0.50, 0.46, 0.16], 2: [0.18, 0.42, 0.48, 0.10]}
-
-
-@pytest.fixture(scope="module")
-def reported(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Record], Path]:
-    folder = tmp_path_factory.mktemp("sweep")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        study = sweep(values=LAMBDAS, surrogate=None, seeds=[0, 1, 2])
-        runs = []
-        for row in study.rows():
-            runs.append(Run(row, Path(row.name), {}, ratio_curve([12], [0.2]) if row.kind == "target" else of(row)))
-        return study.report(runs, folder), folder
-
-
-def of(row: Row) -> list[Record]:
-    base = HITS[row.seed][0]
-    place = LAMBDAS.index(float(row.name.split("_")[1]))
-    return planted({"none": base, "closed_form": HITS[row.seed][place]})
-
-
-def named(records: Sequence[Record], name: str, **definition: object) -> list[Record]:
-    return [r for r in records if r.name == name and definition.items() <= r.definition.items()]
-
-
-def test_hits_are_pooled_over_seeds_with_samples_behind_them(reported: tuple[list[Record], Path]) -> None:
-    (hits,) = named(reported[0], "attack/side/hits", surrogate="closed_form", value="2.0")
-    half = stats.t.ppf(0.975, 2) * stats.sem([0.5, 0.46, 0.48])
-    theirs = stats.binomtest(720, 1500).proportion_ci(method="wilson")
-    assert (hits.value, hits.n, hits.definition["seeds"]) == (pytest.approx(0.48), 1500, 3)
-    assert (hits.low, hits.high) == pytest.approx((min(theirs.low, 0.48 - half), max(theirs.high, 0.48 + half)))
-    assert (hits.definition["parameter"], hits.definition["rule"], hits.run) == ("lambda", "1/3", "pooled")
-    assert "target_digest" not in hits.definition
-    (unique,) = named(reported[0], "attack/side/unique_share", surrogate="closed_form", value="2.0")
-    assert (unique.low, unique.high) == pytest.approx((0.24 - half / 2, 0.24 + half / 2))
-    (ratio,) = named(reported[0], "memorization/ratio")
-    assert (ratio.value, ratio.n) == (pytest.approx(0.2), 300)
-
-
-def test_gains_are_paired_by_seed(reported: tuple[list[Record], Path]) -> None:
-    (gain,) = named(reported[0], "sweep/gain", of="hits", value="2.0")
-    theirs = stats.t.interval(0.95, 2, loc=0.28, scale=stats.sem([0.30, 0.24, 0.30]))
-    assert (gain.value, gain.low, gain.high) == pytest.approx((0.28, *theirs))
-    zero = named(reported[0], "sweep/gain", of="hits", value="0.0")[0]
-    assert (zero.value, zero.low, zero.high) == (0.0, 0.0, 0.0)
-    assert named(reported[0], "sweep/gain", surrogate="none") == []
-
-
-def test_ends_and_peak_are_paired_and_the_peaks_place_is_not_the_seeds_own(reported) -> None:
-    (ends,) = named(reported[0], "sweep/ends", of="hits", surrogate="closed_form")
-    assert ends.value == pytest.approx((-0.10 - 0.06 - 0.08) / 3)
-    (peak,) = named(reported[0], "sweep/peak", of="hits", surrogate="closed_form")
-    # the others' mean is highest at 2 for each seed but seed 2, whose others are 0.45 at 1 and 0.48 at 2
-    each = [0.50 - 0.20, 0.46 - 0.22, 0.48 - 0.18]
-    theirs = stats.t.interval(0.95, 2, loc=sum(each) / 3, scale=stats.sem(each))
-    assert (peak.value, peak.low, peak.high) == pytest.approx((sum(each) / 3, *theirs))
-    (flat,) = named(reported[0], "sweep/peak", of="hits", surrogate="none")
-    assert flat.value == 0.0
-    bands = {r.definition["of"]: r.value for r in named(reported[0], "sweep/ends", surrogate="closed_form")}
-    assert bands == pytest.approx({"hits": -0.08, "ams/high": -0.04, "unique_share": -0.04, "ums/high": -0.02})
-
-
-def test_a_peak_where_others_have_theirs_is_no_gain_by_choice() -> None:
-    assert peak_over_ends([0.1, 0.9, 0.2, 0.3], [[0.0, 0.1, 0.6, 0.0]]) == pytest.approx(0.2 - 0.3)
-    assert peak_over_ends([0.1, 0.4, 0.2], [[1.0, 0.0, 1.0]]) == pytest.approx(0.2)
-
-
-def test_names_and_definitions_tell_all_pooled_records_apart(reported: tuple[list[Record], Path]) -> None:
-    assert len({record.identity for record in reported[0]}) == len(reported[0])
-
-
-def test_table_and_picture_show_every_value_beside_the_unguided_line(reported: tuple[list[Record], Path]) -> None:
-    table = (reported[1] / "sweep.md").read_text()
-    assert (
-        "| lambda | arm | seeds | hits | over unguided | above unguided | held-out control | distinct images |" in table
-    )
-    assert "| 0.0 | unguided | 3 | 0.200 [" in table
-    assert "| 2.0 | closed-form surrogate | 3 | 0.480 [" in table
-    assert "* closed-form surrogate: hits at its peak 0.280 [" in table
-    assert "* closed-form surrogate: hits at 4.0 -0.080 [" in table
-    assert "* the targets themselves: memorization ratio 0.200 [" in table
-    assert (reported[1] / "sweep.png").stat().st_size > 10_000
-
-
-def test_one_seed_and_some_of_the_values_are_reported_too(tmp_path: Path) -> None:
-    study = sweep(values=LAMBDAS[1:], surrogate=None, seeds=[0], logarithmic=True)
-    rows = [row for row in study.rows() if row.kind == "attack"][:2]
-    found = study.report([Run(row, Path(row.name), {}, of(row)) for row in rows], tmp_path)
-    assert [r.value for r in named(found, "attack/side/hits", surrogate="closed_form")] == [0.40, 0.50]
-    assert [r.value for r in named(found, "sweep/ends", of="hits", surrogate="closed_form")] == [pytest.approx(0.1)]
-    assert named(found, "sweep/peak") == []
-    (target,) = (row for row in study.rows() if row.kind == "target")
-    early = study.report([Run(target, Path("t"), {}, ratio_curve([12], [0.2]))], tmp_path)
-    assert [record.name for record in early] == ["memorization/ratio"]
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"attack": ["missing.yaml"]}, r"attack must name .* missing: \['missing.yaml'\]"),
-        ({"attack": []}, "attack must name at least one file"),
-        ({"values": [1, 1]}, r"values must hold at least one and none twice, got \['1', '1'\]"),
-        ({"values": []}, "values must hold at least one"),
-        ({"seeds": []}, "seeds must hold at least one"),
-        ({"sets": {}}, "sets must name a setting that takes the value"),
-        (
-            {"sets": {"surrogate": ["x"]}, "surrogate": None},
-            "sets must name .* one of the surrogate, and time_independent, need its files",
-        ),
-        ({"time_independent": True, "surrogate": None}, "need its files, got sets .* and surrogate None"),
-        ({"logarithmic": True, "values": [0.0, 1.0]}, r"a logarithmic axis needs positive numbers, got \[0.0, 1.0\]"),
-    ],
-)
-def test_bad_settings_are_refused(changes: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        sweep(**changes)
