@@ -29,6 +29,7 @@ class GradientOptions:
         dimensions: Of the random projection, a power of two with ``signs``; null keeps gradients whole, which a store
             of small networks may bear (4 bytes a weight and image).
         projection: ``signs`` (fast) or ``normal`` (the papers', far slower on a CPU); equally good.
+        shared_noise: One noise for all images (far better at naming sources); else each its own.
         seed: Of noise and projection.
         images_at_once: Images whose gradients are held at a time, each as large as the network; also of a file.
         calls_at_once: Noised images that are differentiated together.
@@ -43,6 +44,7 @@ class GradientOptions:
     num_draws: int = 1
     dimensions: int | None = 4096
     projection: ProjectionKind = "signs"
+    shared_noise: bool = True
     seed: int = 0
     images_at_once: int = 64
     calls_at_once: int = 128
@@ -94,8 +96,8 @@ class GradientFeatures:
     ) -> None:
         self.scene, self.options = scene, options
         self.gradients = ImageGradients(
-            target, OUTPUTS[output], options.num_timesteps, options.num_draws, unit, options.seed,
-            options.calls_at_once, scene.workers.device,
+            target, OUTPUTS[output], options.num_timesteps, options.num_draws, unit, options.shared_noise,
+            options.seed, options.calls_at_once, scene.workers.device,
         )  # fmt: skip
         self.settings = {"output": output, "unit": unit, "target": target.digest, **options.settings()}
         self.count = 0
