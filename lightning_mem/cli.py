@@ -110,6 +110,7 @@ class MemorizationCLI(LightningCLI):
             "predict": {"model", "datamodule"},
             "sample": {"model", "datamodule"},
             "attack": {"model", "datamodule"},
+            "attribute": {"model", "datamodule"},
         }
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:

@@ -14,7 +14,8 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from rich.console import Console
 
 from lightning_mem.attacks import AbstractAttack
-from lightning_mem.callbacks import Curves, Ledger, MetricsCSV, RunFolder, RunSummary, WandbTracking
+from lightning_mem.attribution import AbstractExplanation
+from lightning_mem.callbacks import Curves, Gallery, Ledger, MetricsCSV, RunFolder, RunSummary, WandbTracking
 from lightning_mem.callbacks.drawing import Blocks, BlockWriter, Drawer
 from lightning_mem.callbacks.evaluation import workers_of
 from lightning_mem.callbacks.progress_bar import RunProgressBar
@@ -22,12 +23,13 @@ from lightning_mem.callbacks.run_folder import AtomicCheckpointIO, ResumableFitL
 from lightning_mem.data import MemorizationDataModule
 from lightning_mem.data.datamodule import BLOCK
 from lightning_mem.defenses.certified import certify
-from lightning_mem.diffusion import Sampler, ScoreTerm
+from lightning_mem.diffusion import Sampler, ScoreTerm, Target
 from lightning_mem.diffusion.additions import AbstractAddition
 from lightning_mem.evaluation import Accepted, Reference, Scene
 from lightning_mem.evaluation.blocks import drawn_before
 from lightning_mem.evaluation.inputs import check_members
 from lightning_mem.evaluation.rejection import rejection_into, rejection_settings
+from lightning_mem.evaluation.scene import Act
 from lightning_mem.modules import AbstractModule, load_target, read_checkpoint
 from lightning_mem.modules.base import META
 from lightning_mem.records import Record, digest, write_records
@@ -347,12 +349,71 @@ class MemorizationTrainer(Trainer):
         Returns:
             The records, on every process.
         """
+
+        def prepare(target: Target) -> str:
+            attack.prepare(target, lambda: self._captions(datamodule))
+            return attack.threat_model
+
+        return self._act(attack, "attacks", prepare, model, datamodule, ckpt_path, weights, out)[1]
+
+    def attribute(
+        self,
+        model: AbstractModule,
+        attribution: AbstractExplanation,
+        datamodule: MemorizationDataModule,
+        ckpt_path: str | None = None,
+        weights_only: bool | None = True,
+        weights: Weights = "ema",
+        out: str | None = None,
+    ) -> list[Record]:
+        """Explain images by training images: a picture, a table, records in a folder of their own; resumes.
+
+        W&B receives the pictures where the run logs there and its gallery uploads pairs: they show training images.
+
+        Args:
+            model: The trained module; its network comes from the checkpoint.
+            attribution: By class_path: ``lightning_mem.attribution.Attributions`` ...
+            datamodule: Training images and held-out control; read only when all samples are drawn.
+            ckpt_path: ``last``, ``best`` or a path; null takes the run's last.
+            weights_only: Read checkpoints so that they cannot run code.
+            weights: ``ema`` takes averaged weights where there are any, ``raw`` the optimizer's own.
+            out: Folder of the results; null for ``attributions/<name>-<digest>`` in the run folder.
+
+        Returns:
+            The records, on every process.
+        """
+        folder, records = self._act(
+            attribution, "attributions", lambda target: "", model, datamodule, ckpt_path, weights, out
+        )
+        uploads = any(isinstance(call, Gallery) and call.upload == "pairs" for call in self.callbacks)
+        if self.is_global_zero and uploads:
+            for logger in self.loggers:
+                if isinstance(logger, WandbTracking):
+                    for file in sorted((folder / "images").glob("*.png")):
+                        logger.log_image(f"attribution/{attribution.name}/{file.stem}", [str(file)])
+        return records
+
+    def _act(
+        self,
+        act: Act,
+        kind: str,
+        prepare: Callable[[Target], str],
+        model: AbstractModule,
+        datamodule: MemorizationDataModule,
+        ckpt_path: str | None,
+        weights: Weights,
+        out: str | None,
+    ) -> tuple[Path, list[Record]]:
+        """Act on the scene of a trained run and write the records: the folder of the results, and the records.
+
+        ``prepare`` is called before anything is drawn; what it returns is printed.
+        """
         path = self._trained(model, ckpt_path) or str(getattr(model, "pretrained", None))
         target = load_target(path, weights)
-        attack.prepare(target, lambda: self._captions(datamodule))
-        identity = attack.identity(target, path, self.folder)
-        folder = Path(out) if out else self.folder / "attacks" / f"{attack.name}-{identity}"
-        rank_zero_info(f"{attack.threat_model}\nresults go to {folder}")
+        words = prepare(target)
+        identity = act.identity(target, path, self.folder)
+        folder = Path(out) if out else self.folder / kind / f"{act.name}-{identity}"
+        rank_zero_info("\n".join(filter(None, (words, f"results go to {folder}"))))
         self._meet(Drawer(target, {}))
         step = int(read_checkpoint(path)[META]["step"]) if path.endswith(".ckpt") else 0
 
@@ -376,14 +437,14 @@ class MemorizationTrainer(Trainer):
         scene = Scene(
             target, self.folder, folder, blocks, read, workers_of(self), self._on_the_first, step, self.config_digest
         )
-        records = attack.run(scene)
+        records = act.run(scene)
         if self.is_global_zero:
             write_records(folder / "results.jsonl", records)  # last: they say that the rest is there
             console = Console()
-            console.print(attack.table(records))
+            console.print(act.table(records))
             console.print(f"results.jsonl, samples/, tables/ and images/ in {folder}", soft_wrap=True, highlight=False)
-        self.strategy.barrier("attack")
-        return records
+        self.strategy.barrier("acted")
+        return folder, records
 
     @staticmethod
     def _captions(datamodule: MemorizationDataModule) -> tuple[list[str], list[str]] | None:

@@ -1,17 +1,19 @@
 """What attributions share: the images that are explained, and what a method gives for them."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
 import torch
+from rich.table import Table
 from torch import Tensor
 
 from lightning_mem.diffusion import Target
 from lightning_mem.evaluation import Scene
-from lightning_mem.records import digest
+from lightning_mem.evaluation.table import records_table
+from lightning_mem.records import Record, digest
 
 QueryKind = Literal["model", "heldout", "ensemble", "given"]
 """``model``: drawn by the target; ``heldout``: real images it never saw; ``ensemble``: drawn by an ensemble whose
@@ -106,11 +108,12 @@ class AbstractAttribution(ABC):
         Equal on every process, and for every number of them.
 
         Args:
-            scene: Of the verb; ``scene.reference().members`` are the training images, ``scene.workers`` deals out.
+            scene: Of the verb; ``scene.reference()`` has the training images, ``scene.workers`` deals out.
             queries: What is explained.
 
         Returns:
-            float64 [Q, N], N in the order of ``scene.reference().members``.
+            float64 [Q, N], one column an image, in the order of ``scene.reference().indices``; where training flips,
+            both orientations are one image.
 
         Raises:
             ValueError: If the queries do not fit the method, or a score is not finite.
@@ -122,3 +125,37 @@ class AbstractAttribution(ABC):
         ``seconds`` are measured by the caller where the method names none.
         """
         return {}
+
+
+class AbstractExplanation(ABC):
+    """What the verb ``attribute`` does with a target: it draws what is to be explained, then asks methods.
+
+    Attributes:
+        name: Short; names the folder of the results.
+    """
+
+    name: str
+
+    @abstractmethod
+    def identity(self, target: Target, path: str, home: Path) -> str:
+        """Digest of everything that decides the result; names the folder of the results.
+
+        Args:
+            target: The model.
+            path: Where it came from: a checkpoint or a diffusers folder.
+            home: Its run folder.
+
+        Raises:
+            ValueError: If something that was given does not fit the target; before anything is drawn.
+        """
+
+    @abstractmethod
+    def run(self, scene: Scene) -> list[Record]:
+        """Explain; every process gets the records.
+
+        Tables and pictures go into ``scene.folder``; the records are written by the caller.
+        """
+
+    def table(self, records: Sequence[Record]) -> Table:
+        """The records on the screen."""
+        return records_table(records, self.name)

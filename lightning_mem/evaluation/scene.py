@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from rich.table import Table
+
 from lightning_mem.data.datamodule import BLOCK
 from lightning_mem.diffusion import Sampler, ScoreTerm, Target
 from lightning_mem.diffusion.additions import Judge
@@ -148,3 +150,18 @@ class Scene:
         if not self._read:
             self._read.append(self.read())
         return self._read[0]
+
+
+class Act(Protocol):
+    """What is done on a scene, an attack or an attribution; see :class:`lightning_mem.attacks.AbstractAttack`."""
+
+    name: str
+
+    def identity(self, target: Target, path: str, home: Path) -> str:
+        """Digest of everything that decides the result; names the folder of the results."""
+
+    def run(self, scene: Scene) -> list[Record]:
+        """Draw what is needed, then score; every process gets the records."""
+
+    def table(self, records: Sequence[Record]) -> Table:
+        """The records on the screen."""

@@ -41,7 +41,7 @@ class DatamodelingStudy(AbstractStudy):
         ValueError: If a number is out of range or a file does not exist.
 
     Source:
-        Park et al., arXiv:2303.14186, section 3.1; for diffusion models: Zheng et al., arXiv:2311.00500, section 3.
+        Park et al., arXiv:2303.14186; for diffusion models: Zheng et al., arXiv:2311.00500.
     """
 
     def __init__(
@@ -89,7 +89,8 @@ class DatamodelingStudy(AbstractStudy):
                 kind = "repeat" if training else "subset"
                 rows.append(Row(name, drawn + TRAINING_STEP * training, half, overrides=over, kind=kind))
         needs = [row.name for row in rows]
-        return [*rows, Row(f"scores_seed{self.seed}", self.seed, verb="attribute", needs=needs, kind="attribution")]
+        name = f"scores_seed{self.seed}_{self.subsets}x{self.trainings}"
+        return [*rows, Row(name, self.seed, verb="attribute", needs=needs, kind="attribution")]
 
     @staticmethod
     def _size(files: Sequence[str]) -> int:
