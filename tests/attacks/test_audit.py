@@ -1,10 +1,12 @@
 """Several attacks from one configuration: on a Stable-Diffusion-type model by one command, and each as if alone."""
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from oracles import planted_mixture
 from PIL import Image
 from stable_diffusion import save_pipeline
@@ -15,13 +17,14 @@ from lightning_mem.cli import run
 from lightning_mem.diffusion import DiffusionProcess
 from lightning_mem.records import Record, read_records
 
-AUDIT = Path(__file__).parent.parent.parent / "configs" / "stable_diffusion" / "attacks" / "audit.yaml"
+CONFIGS = Path(__file__).parent.parent.parent / "configs"
+AUDIT, FOLDER = (CONFIGS / kind / "attacks" / "audit.yaml" for kind in ("stable_diffusion", "folder"))
 MEMBERS, HELDOUT = patterns(6), patterns(6, 1)
 
 
 def attacks() -> list[LossAttack | Inpainting]:
     loss = LossAttack(timesteps=[20, 60], noise_seed=0)
-    return [loss, Inpainting(num_inpaintings=2, kept=1, num_steps=2, block=4, sample_seed=0)]
+    return [loss, Inpainting(num_inpaintings=2, kept=1, num_steps=2, block=4, sample_seed=0, pictures=0)]
 
 
 def told(records: list[Record]) -> list[tuple[object, ...]]:
@@ -57,30 +60,86 @@ def test_what_cannot_be_audited_is_refused_before_anything_runs() -> None:
         Audit([attacks()[0], prompted.PromptedExtraction(["a"], cfg_weight=None)]).identity(target, "x", Path("x"))
 
 
-def test_a_stable_diffusion_type_model_is_audited_by_one_command(capsys: pytest.CaptureFixture) -> None:
-    path = save_pipeline(Path("sd"))
-    pixels = torch.randint(0, 256, (12, 16, 16, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    Path("images").mkdir()
-    for number, image in enumerate(pixels.numpy().astype(np.uint8)):
-        Image.fromarray(image).save(f"images/{number:02d}.png")
-    Path("my_captions.csv").write_text("caption\na cat\na dog\n")
-    Path("other_captions.csv").write_text("caption\na hat\na log\n")
-    text = AUDIT.read_text()
-    for own, other in (
-        ("num_generations: 500", "num_generations: 6\n          num_steps: 2"), ("clique_size: 10", "clique_size: 2"),
-        ("num_generations: 4", "num_generations: 2\n          num_steps: 2"), ("block: 16", "block: 4"),
-    ):  # fmt: skip
+def table(name: str, seed: int, captions: list[str], side: int = 16) -> str:
+    """A CSV of colour images beside it, each with its caption and label."""
+    lines = ["file,caption,label"]
+    for number, caption in enumerate(captions):
+        file = f"{Path(name).stem}{number}.png"
+        pixels = np.random.default_rng((seed, number)).integers(0, 256, (side, side, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(file)
+        lines.append(f"{file},{caption},{number % 3}")
+    Path(name).write_text("\n".join(lines))
+    return name
+
+
+def audited(file: Path, smaller: dict[str, str], *options: str) -> list[Record]:
+    """The records of the shipped configuration with smaller numbers."""
+    text = file.read_text()
+    for own, other in smaller.items():
         assert own in text
         text = text.replace(own, other)
     Path("audit.yaml").write_text(text)
-    options = ["--model.init_args.pretrained", path, "--data.source.init_args.path", "images", "--data.image_size=16"]
-    options += ["--data.num_heldout=6", "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]
-    run(["attack", "--config", "audit.yaml", *options])
+    lists = ["members", table("own.csv", 0, ["a cat", "a dog", "a hat", "a cow"])]
+    lists += ["heldout", table("other.csv", 1, ["red", "blue", "a hat", "grey", "pink"])]
+    given = [f"--data.source.init_args.{word}={path}" for word, path in zip(lists[::2], lists[1::2], strict=True)]
+    given += ["--data.image_size=16", "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false", *options]
+    run(["attack", "--config", "audit.yaml", *given])
     records = [r for file in Path("runs").glob("*/attacks/audit-*/results.jsonl") for r in read_records(file)]
+    assert all(r.value is None or np.isfinite(r.value) for r in records)
+    return records
+
+
+TEXT = {
+    "num_generations: 500": "num_generations: 3\n          num_steps: 2", "clique_size: 10": "clique_size: 2",
+    "num_generations: 4": "num_generations: 1\n          num_steps: 2", "block: 16": "block: 4",
+}  # fmt: skip
+
+
+def test_a_stable_diffusion_type_model_is_audited_by_one_command(capsys: pytest.CaptureFixture) -> None:
+    options = ["--model.init_args.pretrained", save_pipeline(Path("sd"))]
+    records = audited(AUDIT, TEXT, *options)
     names = {record.name for record in records}
     assert {"attack/prompted/flagged", "attack/prompted/flagged_heldout", "attack/noise_norm/auc"} <= names
-    assert {"attack/loss/auc", "attack/pia/auc"} <= names
-    assert all(r.value is None or np.isfinite(r.value) for r in records)
+    of_images = [r for r in records if r.name.endswith("/auc") and "attacker" in r.definition]
+    assert {r.name.split("/")[1] for r in of_images} == {"loss", "secmi", "pia", "gradient_norm"}
+    assert {r.definition["condition"] for r in of_images} == {"caption"}
+    counts = {(r.definition["num_members"], r.definition["num_heldout"]) for r in of_images}
+    assert counts == {(4, 5), (2, 3)}  # both lists; and the half that the calibrated attacker is told on
+    prompts = next(Path("runs").glob("*/attacks/audit-*/prompted-*/tables/prompts.csv")).read_text()
+    assert sorted(line.split(",")[1] for line in prompts.splitlines()[1:]) == sorted(
+        ["a cat", "a cow", "a dog", "a hat", "blue", "grey", "pink", "red"]
+    )
     shown = capsys.readouterr().out
-    assert "attack prompted" in shown
-    assert "attack noise_norm" in shown
+    assert all(f"attack {name}" in shown for name in ("prompted", "noise_norm"))
+    assert "resolve false positive rates from 0.2 on" in shown.replace("\n", " ")
+    with pytest.raises(ValueError, match=r"members.json names members with the digest .* need another run folder"):
+        audited(AUDIT, TEXT, *options, "--data.num_members=3")
+
+
+SMALL = {
+    "num_samples: 4096": "num_samples: 70", "num_steps: 50": "num_steps: 2",
+    "num_inpaintings: 100": "num_inpaintings: 2\n          num_steps: 2", "kept: 10": "kept: 1",
+    "num_draws: 10": "num_draws: 1",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("classes", [None, 4])
+def test_a_pipeline_on_pixels_is_audited_by_one_command(classes: int | None) -> None:
+    torch.manual_seed(0)
+    unet = UNet2DModel(
+        sample_size=16, block_out_channels=(8,), down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",),
+        layers_per_block=1, norm_num_groups=4, num_class_embeds=classes,
+    )  # fmt: skip
+    DDPMPipeline(unet, DDPMScheduler()).save_pretrained("theirs", safe_serialization=True)
+    labelled = [] if classes is None else ["--data.labels=true", f"--data.num_classes={classes}"]
+    records = audited(FOLDER, SMALL, "--model.init_args.pretrained=theirs", *labelled)
+    names = {record.name.split("/")[1] for record in records}
+    assert names == {"extraction", "inpainting", "loss", "secmi", "pia", "gradient_norm"}
+    told = [r for r in records if r.name.endswith("/auc")]
+    assert {r.definition.get("condition") for r in told} == {None if classes is None else "label"}
+    written = json.loads(Path("runs/audit/members.json").read_text())
+    assert [len(written[side]["indices"]) for side in ("members", "heldout")] == [4, 5]
+    rows = next(Path("runs").glob("*/attacks/audit-*/pia-*/tables/membership.csv")).read_text().splitlines()[1:]
+    assert [row.split(",")[:2] for row in rows] == [
+        [side, str(place)] for side, places in (("members", range(4)), ("heldout", range(4, 9))) for place in places
+    ]
