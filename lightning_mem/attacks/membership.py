@@ -27,11 +27,11 @@ from lightning_mem.attacks.membership_scores import (
     told_images,
     unresolved,
 )
-from lightning_mem.attacks.report import short, write_rows
+from lightning_mem.attacks.report import short
 from lightning_mem.diffusion import ScoreTerm, Target, guidance_settings
 from lightning_mem.diffusion.additions import AbstractAddition
-from lightning_mem.evaluation import Number, Reference, Scene, Workers, read_ledger
-from lightning_mem.evaluation.table import LOOK
+from lightning_mem.evaluation import Number, Reference, Scene, Workers
+from lightning_mem.evaluation.table import LOOK, write_rows
 from lightning_mem.metrics import two_sample_p_value
 from lightning_mem.records import Record, digest
 
@@ -349,10 +349,5 @@ def write_images(
         times: The T timesteps of each.
     """
     count = len(next(iter(columns.values()))[1])
-    ledger = [
-        row
-        for row in read_ledger(scene.home / "ledger.csv")
-        if (row["step"], row["weights"]) == (str(scene.step), scene.target.weights)
-    ]
     indices = source_indices(scene.home, reference, count)
-    write_rows(scene.folder / "tables" / "membership.csv", image_rows(columns, times, indices, ledger))
+    write_rows(scene.folder / "tables" / "membership.csv", image_rows(columns, times, indices, scene.ledger()))

@@ -7,9 +7,9 @@ from rich.table import Table
 
 from lightning_mem.attacks.protection_picture import draw_frontier, draw_gallery
 from lightning_mem.attacks.protection_scores import PREFIX, Scored
-from lightning_mem.attacks.report import sample_rows, short, write_rows
+from lightning_mem.attacks.report import sample_rows, short
 from lightning_mem.evaluation import Measure
-from lightning_mem.evaluation.table import LOOK
+from lightning_mem.evaluation.table import LOOK, write_rows
 from lightning_mem.records import Record, atomic_write
 
 Rows = Mapping[tuple[str, str], Mapping[str, Record]]

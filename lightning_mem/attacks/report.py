@@ -1,28 +1,17 @@
-"""What reports of attacks share: rows of a table as CSV, a number with its interval, how a picture is finished."""
+"""What reports of attacks share: rows of samples, a number with its interval, how a picture is finished."""
 
-import csv
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 
 from lightning_mem.evaluation import Measurement, Reference
-from lightning_mem.records import Record, atomic_write
+from lightning_mem.records import Record
 from lightning_mem.types import SampleSet
 
 ROOM = 8
 """Entries of a legend that have room in a picture; more stand beside it."""
-
-
-def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Write rows with equal keys as CSV; nothing where there are none."""
-    rows = list(rows)
-    if rows:
-        with atomic_write(path) as file:
-            writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
 
 
 def sample_rows(samples: SampleSet, found: Measurement, reference: Reference) -> Iterator[dict[str, Any]]:

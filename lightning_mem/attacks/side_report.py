@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from rich.table import Table
 from torch import Tensor
 
-from lightning_mem.attacks.report import finish, sample_rows, short, write_rows
+from lightning_mem.attacks.report import finish, sample_rows, short
 from lightning_mem.attacks.side_scores import PREFIX, Score
 from lightning_mem.attacks.unique_law import expected_unique
 from lightning_mem.evaluation import Measure
@@ -17,7 +17,7 @@ from lightning_mem.evaluation.bands import SPACES
 from lightning_mem.evaluation.copies import NEIGHBORS
 from lightning_mem.evaluation.curves import COLORS
 from lightning_mem.evaluation.pictures import draw_pairs
-from lightning_mem.evaluation.table import LOOK
+from lightning_mem.evaluation.table import LOOK, write_rows
 from lightning_mem.metrics import nearest_neighbors, normalized_l2
 from lightning_mem.metrics.scores import in_band
 from lightning_mem.metrics.similarities import score_blocks

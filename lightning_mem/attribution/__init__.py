@@ -1,5 +1,6 @@
 """Attribution: which training images made a sample; one published method, one file."""
 
+from lightning_mem.attribution.attributions import Attributions, QueryOptions
 from lightning_mem.attribution.base import AbstractAttribution, AbstractExplanation, Queries, QueryKind
 from lightning_mem.attribution.chance import RandomScores
 from lightning_mem.attribution.codes import UnitCodes, balanced_codes, minimum_members, units_of

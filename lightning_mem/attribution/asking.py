@@ -22,10 +22,11 @@ def model_queries(samples: SampleSet) -> Queries:
     return Queries(samples.images, "model", samples.addresses, samples.labels)
 
 
-def given_queries(path: str | Path) -> Queries:
-    """Images of a file, folder or run; see :func:`lightning_mem.evaluation.inputs.read_samples`."""
+def given_queries(path: str | Path, count: int) -> Queries:
+    """The first images of a file, folder or run; see :func:`lightning_mem.evaluation.inputs.read_samples`."""
     samples = read_samples(path)
-    return Queries(samples.images, "given", samples.addresses, samples.labels)
+    labels = None if samples.labels is None else samples.labels[:count]
+    return Queries(samples.images[:count], "given", samples.addresses[:count], labels)
 
 
 def heldout_queries(reference: Reference, count: int) -> Queries:

@@ -10,6 +10,7 @@ from rich.table import Table
 from lightning_mem.data.datamodule import BLOCK
 from lightning_mem.diffusion import Sampler, ScoreTerm, Target
 from lightning_mem.diffusion.additions import Judge
+from lightning_mem.evaluation.ledger import read_ledger
 from lightning_mem.evaluation.numbers import Number
 from lightning_mem.evaluation.reference import Reference
 from lightning_mem.evaluation.rejection import Accepted, rejection_into, rejection_settings
@@ -144,6 +145,11 @@ class Scene:
             prefix + number.name, number.value, number.n, self.step, low, high, self.target.weights, seed, number.unit,
             round(seconds, 3), number.definition, data_digest, self.config_digest, self.home.name,
         )  # fmt: skip
+
+    def ledger(self) -> list[dict[str, str]]:
+        """What the run's ledger says of this target: a row a training image that was copied."""
+        here = str(self.step), self.target.weights
+        return [row for row in read_ledger(self.home / "ledger.csv") if (row["step"], row["weights"]) == here]
 
     def reference(self) -> Reference:
         """The training images and the held-out control: scoring begins."""

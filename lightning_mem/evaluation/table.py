@@ -1,12 +1,14 @@
-"""Records on the screen: one row a number, with its interval, beside its held-out control."""
+"""Records on the screen, one row a number, with its interval, beside its held-out control; and rows as a file."""
 
-from collections.abc import Sequence
+import csv
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich import box
 from rich.table import Table
 
-from lightning_mem.records import Record
+from lightning_mem.records import Record, atomic_write
 
 CONTROLS = (("_heldout", ""), ("/heldout", "/train"))
 """End of a control's key, and of the key it is the control of."""
@@ -78,3 +80,13 @@ def curve_table(checkpoints: Sequence[Sequence[Record]], title: str) -> Table:
         found = {record.name: record for record in records}
         table.add_row(str(records[0].step), records[0].weights, *(shown(found.get(key)) for key in keys))
     return table
+
+
+def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Write rows with equal keys as CSV; nothing where there are none."""
+    rows = list(rows)
+    if rows:
+        with atomic_write(path) as file:
+            writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
