@@ -19,8 +19,7 @@ from lightning_mem.metrics.similarities import float64_rows, squared_distances
 from lightning_mem.records import atomic_write
 
 Score = Literal["displacement", "moved_away"]
-"""``displacement``: how far the sample moves when the unit is left out; ``moved_away``: how much farther from the unit it
-ends."""
+"""How far the sample moves without the unit (``displacement``), or how much farther from the unit (``moved_away``)."""
 
 CONVENTION = 256 * 256 * 3
 """Values of the image that the field's counterfactual radii are told for."""

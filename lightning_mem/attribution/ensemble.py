@@ -1,7 +1,7 @@
 """An encoded ensemble: the mean of its members as one denoiser, with any unit left out and nothing trained again."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +141,14 @@ class Ensemble:
                     f"{codes.members[k]} ({len(codes.seen_by(k))}): train it again, in a folder of its own"
                 )
         return cls(tuple(load_target(folder, weights, device) for folder in folders), codes)
+
+    def on(self, device: torch.device | str) -> "Ensemble":
+        """Itself with all networks on a device, where its samples are drawn."""
+        for member in self.members:
+            network = network_of(member.denoiser)
+            if network is not None:
+                network.to(device)
+        return Ensemble(tuple(replace(member, device=device) for member in self.members), self.codes)
 
     @property
     def digest(self) -> str:

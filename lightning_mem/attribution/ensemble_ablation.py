@@ -1,6 +1,5 @@
 """Attribution by leaving out: what each training unit does to the loss, or to the sample, of an encoded ensemble."""
 
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -11,9 +10,10 @@ from torch import Tensor
 from lightning_mem.attribution.base import AbstractAttribution, Queries
 from lightning_mem.attribution.counterfactual import Landscape, Score, evaluations, landscape
 from lightning_mem.attribution.ensemble import Ensemble
+from lightning_mem.attribution.losses import even_timesteps
 from lightning_mem.data.split import read_indices
 from lightning_mem.diffusion import Sampler, Target
-from lightning_mem.diffusion.sampling import evaluation_mode, network_of
+from lightning_mem.diffusion.sampling import evaluation_mode
 from lightning_mem.evaluation import Reference, Scene, Workers
 from lightning_mem.randomness import generator
 from lightning_mem.records import digest
@@ -92,6 +92,8 @@ class EnsembleAblation(AbstractAttribution):
     def identity(self, target: Target, path: str, home: Path) -> str:
         """Digest of the ensemble and the settings; see :class:`AbstractAttribution`."""
         ensemble = self.ensemble
+        if self.score == "loss":
+            even_timesteps(self.num_timesteps, target.process.num_timesteps)
         if tuple(target.shape) != tuple(ensemble.members[0].shape):
             raise ValueError(
                 f"{self.path} is an ensemble of images {tuple(ensemble.members[0].shape)} (C, H, W), but the target's "
@@ -103,47 +105,49 @@ class EnsembleAblation(AbstractAttribution):
         return digest(ensemble.digest, self.score, how)
 
     def cost(self) -> Mapping[str, float]:
-        """Trainings, network calls of one image, seconds."""
+        """Trainings, and network calls of one image."""
         return self._costs
 
     def scores(self, scene: Scene, queries: Queries) -> Tensor:
         """The score of its unit for every training image; see :class:`AbstractAttribution`."""
-        begun, ensemble, reference = time.monotonic(), self.ensemble, scene.reference()
-        unit_of = unit_of_rows(ensemble, reference)
+        ensemble, reference = self.ensemble.on(scene.workers.device), scene.reference()
+        unit_of = unit_of_images(ensemble, reference)
         queries = queries.fitting(tuple(reference.members.shape[1:]))
         if self.score == "loss":
             losses = ablation_losses(
-                ensemble, queries.images, num_timesteps=self.num_timesteps, num_draws=self.num_draws,
-                seed=self.noise_seed, workers=scene.workers,
+                ensemble, queries.images, labels=queries.labels, num_timesteps=self.num_timesteps,
+                num_draws=self.num_draws, seed=self.noise_seed, name=queries.kind, workers=scene.workers,
             )  # fmt: skip
             units = losses[:, 1:] - losses[:, :1]
             calls = len(queries) * self.num_timesteps * self.num_draws * len(ensemble.members)
         else:
-            units = self._landscape(queries, reference, unit_of, scene.workers).scores(self.score)
+            bank = unit_of[reference.owners]
+            units = self._landscape(ensemble, queries, reference.members, bank, scene.workers).scores(self.score)
             calls = evaluations(ensemble, len(queries), self.drawing["num_steps"])
-        seconds = time.monotonic() - begun
-        self._costs = {"trainings": len(ensemble.members), "evaluations": calls, "seconds": seconds}
+        self._costs = {"trainings": len(ensemble.members), "evaluations": calls}
         return units[:, unit_of]
 
-    def _landscape(self, queries: Queries, reference: Reference, unit_of: Tensor, workers: Workers) -> Landscape:
+    def _landscape(
+        self, ensemble: Ensemble, queries: Queries, images: Tensor, unit_of: Tensor, workers: Workers
+    ) -> Landscape:
         if queries.kind != "ensemble":
             raise ValueError(
                 f"the score {self.score} is of samples that the ensemble drew (queries of kind ensemble), got "
                 f"{queries.kind}: use score loss"
             )
-        found = landscape(self.ensemble, reference.members, unit_of, queries.addresses, workers=workers, **self.drawing)
-        if not torch.equal(found.factual, queries.images.cpu()):
+        found = landscape(ensemble, images, unit_of, queries.addresses, workers=workers, **self.drawing)
+        if not torch.equal(found.factual.cpu(), queries.images.cpu()):
             raise ValueError(
                 f"the queries are not what the ensemble draws with {self.drawing}: give the settings they were drawn by"
             )
         return found
 
 
-def unit_of_rows(ensemble: Ensemble, reference: Reference) -> Tensor:
-    """The unit that each training image of a reference belongs to, int64 [N].
+def unit_of_images(ensemble: Ensemble, reference: Reference) -> Tensor:
+    """The unit that each training image of a reference belongs to, int64 [N], both orientations being one image.
 
     Raises:
-        ValueError: If the units do not cover the images (named), or have more.
+        ValueError: If the units do not cover the images (named), or a unit has none of them.
     """
     units = ensemble.codes.unit_of(reference.indices)
     missing = len(ensemble.codes.units) - len(units.unique())
@@ -152,7 +156,7 @@ def unit_of_rows(ensemble: Ensemble, reference: Reference) -> Tensor:
             f"{missing} of the ensemble's {len(ensemble.codes.units)} units have no image among the "
             f"{len(reference.indices)} training images: it was trained on other data"
         )
-    return units[reference.owners]
+    return units
 
 
 @torch.no_grad()
@@ -160,9 +164,11 @@ def ablation_losses(
     ensemble: Ensemble,
     images: Tensor,
     *,
+    labels: Tensor | None = None,
     num_timesteps: int = 10,
     num_draws: int = 4,
     seed: int = 0,
+    name: str = "",
     workers: Workers | None = None,
 ) -> Tensor:
     r"""Losses of the whole ensemble and without each unit, all from one pass through the members.
@@ -171,49 +177,45 @@ def ablation_losses(
     products: :math:`\lVert \sum_k a_k r_k \rVert^2 = a^\top R R^\top a`, so n units cost no further network call.
 
     Args:
-        ensemble: Unconditional.
+        ensemble: On the workers' device.
         images: uint8 [Q, C, H, W].
-        num_timesteps: Timesteps (2j + 1) T / 2n, evenly over training's T.
+        labels: int64 [Q]; class-conditional members need them.
+        num_timesteps: Timesteps that are averaged over; see :func:`lightning_mem.attribution.losses.even_timesteps`.
         num_draws: Noise draws at each.
-        seed: Of the noise, which depends on seed, row, timestep and draw only.
+        seed: Of the noise, which depends on seed, name, row, timestep and draw only.
+        name: Address of these images' noise.
         workers: How blocks are dealt out.
 
     Returns:
         float64 [Q, 1 + n]: of all members, then without each unit.
 
     Raises:
-        ValueError: If the ensemble is conditional, more timesteps are asked for than there are, or a loss is not
-            finite.
+        ValueError: If a label is missing, more timesteps are asked for than there are, or a loss is not finite.
     """
     first, workers = ensemble.members[0], workers or Workers()
-    if first.num_classes is not None:
-        raise ValueError("losses of an ensemble need unconditional members: the label of a query is not known")
-    total = first.process.num_timesteps
-    if num_timesteps > total:
-        raise ValueError(f"num_timesteps must be at most {total}, got {num_timesteps}")
-    times = [(2 * j + 1) * total // (2 * num_timesteps) for j in range(num_timesteps)]
+    if first.num_classes is not None and labels is None:
+        raise ValueError(f"the members have {first.num_classes} classes: give the label of every query")
+    times = even_timesteps(num_timesteps, first.process.num_timesteps)
     denoisers = [member.denoiser for member in ensemble.members]
-    for denoiser in denoisers:
-        network = network_of(denoiser)
-        if network is not None:
-            network.to(workers.device)
 
     def compute(rows: Tensor) -> Tensor:
-        x0 = first.codec.encode(to_float(images[rows]).to(workers.device))
-        products = torch.zeros(len(rows), len(denoisers), len(denoisers), dtype=torch.float64, device=workers.device)
+        x0 = first.codec.encode(to_float(images[rows]).to(first.device))
+        condition = None if labels is None or first.num_classes is None else labels[rows].to(first.device)
+        products = torch.zeros(len(rows), len(denoisers), len(denoisers), dtype=torch.float64, device=first.device)
         for at in times:
-            t = torch.full((len(rows),), at, dtype=torch.int64, device=workers.device)
+            t = torch.full((len(rows),), at, dtype=torch.int64, device=first.device)
             for number in range(num_draws):
-                draws = [generator(seed, "ablation loss", int(row), at, number) for row in rows]
-                eps = torch.stack([torch.randn(first.shape, generator=draw) for draw in draws]).to(workers.device)
+                draws = [generator(seed, "ablation loss", name, int(row), at, number) for row in rows]
+                eps = torch.stack([torch.randn(first.shape, generator=draw) for draw in draws]).to(first.device)
                 x_t, wanted = first.process.add_noise(x0, eps, t), first.process.training_target(x0, eps, t)
-                residuals = torch.stack([(denoiser(x_t, t, None) - wanted).flatten(1) for denoiser in denoisers], 1)
-                products += residuals.double() @ residuals.double().mT / residuals.shape[2]
-        return products.cpu() / (num_timesteps * num_draws)
+                outputs = [denoiser(x_t, t, condition).float() for denoiser in denoisers]
+                residuals = torch.stack([(output - wanted).double().flatten(1) for output in outputs], 1)
+                products += residuals @ residuals.mT / residuals.shape[2]
+        return products / (len(times) * num_draws)
 
     with evaluation_mode(ensemble.target().denoiser):
-        products = workers.in_blocks(len(images), compute, label="losses")
-    active = torch.cat([torch.ones(1, len(denoisers)), (~ensemble.codes.codes).double()]).double()
+        products = workers.in_blocks(len(images), compute, label="losses of the ensemble").cpu()
+    active = torch.cat([torch.ones(1, len(denoisers), dtype=torch.bool), ~ensemble.codes.codes]).double()
     mean = active / active.sum(1, keepdim=True)
     losses = torch.einsum("ik,qkl,il->qi", mean, products, mean)
     if not torch.isfinite(losses).all():

@@ -1,6 +1,8 @@
 """First-order influence: how an ensemble's samples move with the weights of its members, by forward differentiation."""
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -76,12 +78,21 @@ def weight_derivatives(
     }  # fmt: skip
     drawn, slopes = torch.empty(0), []
     for direction in torch.eye(members, dtype=torch.float64):
-        with sdpa_kernel(SDPBackend.MATH), forward_ad.dual_level():
+        with _plain_forward_mode(), forward_ad.dual_level():
             weights = forward_ad.make_dual(even, direction)
             found = forward_ad.unpack_dual(sample_x0(ensemble.weighted(weights), wanted, **options))
         drawn = found.primal
         slopes.append(torch.zeros_like(drawn) if found.tangent is None else found.tangent)
     return drawn, torch.stack(slopes)
+
+
+@contextmanager
+def _plain_forward_mode() -> Iterator[None]:
+    """Attention in its plain form; torch compiles its forward derivatives by what it calls deprecated itself."""
+    with sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*torch.jit.script.* is deprecated", FutureWarning)
+        warnings.filterwarnings("ignore", ".*torch.jit.script.* is deprecated", DeprecationWarning)
+        yield
 
 
 def first_order_shifts(derivatives: Tensor, codes: UnitCodes) -> Tensor:
