@@ -10,7 +10,7 @@ HEADINGS = ("members", "attack", "attacker", "t", "auc", "tpr at 0.01", "balance
 
 
 def membership_table(records: Sequence[Record]) -> str:
-    """Markdown: one row an attack, attacker and number of members, of the last checkpoints."""
+    """Markdown: one row an attack, attacker and number of members, of the last checkpoints; empty without attacks."""
     lines = ["| " + " | ".join(HEADINGS) + " |", "|" + " --- |" * len(HEADINGS)]
     copied = {r.definition["num_members"]: r for r in records if r.name == "memorization/ratio"}
     groups: dict[tuple[Any, ...], dict[str, Record]] = {}
@@ -25,7 +25,7 @@ def membership_table(records: Sequence[Record]) -> str:
         word = attack if protection in (None, "none") else f"{attack}, {protection}"
         cells = [_cell(own.get(name)) for name in ("auc", "tpr_at_0.01", "balanced_accuracy")]
         lines.append("| " + " | ".join([str(size), word, attacker, str(t), *cells, _cell(copied.get(size))]) + " |")
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines) + "\n" if groups else ""
 
 
 def _cell(record: Record | None) -> str:

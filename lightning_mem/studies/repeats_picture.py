@@ -62,6 +62,7 @@ def draw_repeats(records: Sequence[Record], path: Path) -> None:
             if len(ends) == len(own):
                 axes.fill_between(times, *zip(*ends, strict=True), color=line.get_color(), alpha=0.15, lw=0)
         axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter("{x:g}")
         axes.set_title(f"{'normalized L2 <' if rule == 'normalized_l2' else 'RMS-L2 at most'} {cut:g}", fontsize=9)
         axes.set_xlabel("times in a pass")
         axes.set_ylim(-0.02, 1.02)
