@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_mem.attacks.conditions import Asked, on_device
+from lightning_mem.data.datamodule import BLOCK
 from lightning_mem.diffusion import ScoreTerm, Target
 from lightning_mem.diffusion.sampling import evaluation_mode, network_of
 from lightning_mem.evaluation import Number, Workers
@@ -33,6 +34,7 @@ def reconstruction_losses(
     num_draws: int = 1,
     workers: Workers | None = None,
     condition: Asked | None = None,
+    block: int = BLOCK,
 ) -> dict[str, Tensor]:
     r"""Mean squared error of the predicted noise, of every image, at fixed timesteps, for several arms at once.
 
@@ -53,6 +55,7 @@ def reconstruction_losses(
         num_draws: Noise draws of an image that are averaged.
         workers: How blocks are dealt out.
         condition: What each image is asked under; null for nothing, or the empty prompt.
+        block: Images of a network call.
 
     Returns:
         float64 [N, timesteps] by arm.
@@ -96,7 +99,7 @@ def reconstruction_losses(
         return found
 
     with evaluation_mode(target.denoiser):
-        losses = workers.in_blocks(len(images), compute, label=f"losses of {name}").cpu()
+        losses = workers.in_blocks(len(images), compute, block, f"losses of {name}").cpu()
     if not torch.isfinite(losses).all():
         raise ValueError(f"{int((~torch.isfinite(losses)).sum())} of {losses.numel()} losses are not finite")
     return {arm: losses[:, place] for place, arm in enumerate(arms)}
@@ -224,8 +227,10 @@ def verdict_numbers(verdict: Verdict) -> list[Number]:
     curve, z, half = verdict.curve, verdict.z, NormalDist().inv_cdf(0.975)
     n = curve.num_members + curve.num_heldout
 
-    def number(name: str, value: float, ends: tuple[float, float], how: str, n: int, unit: str = "fraction") -> Number:
-        return Number(name, value, n, {**verdict.definition, "interval": how}, ends, unit)
+    def number(
+        name: str, value: float, ends: tuple[float, float], how: str, n: int, unit: str = "fraction", **further: str
+    ) -> Number:
+        return Number(name, value, n, {**verdict.definition, "interval": how, **further}, ends, unit)
 
     return [
         number("z", z, (z - half, z + half), "normal", n, "standard errors"),
@@ -234,7 +239,7 @@ def verdict_numbers(verdict: Verdict) -> list[Number]:
         *(
             number(
                 f"tpr_at_{rate}", curve.tpr_at(rate), curve.tpr_interval(rate), "order statistics and wilson",
-                curve.num_heldout,
+                curve.num_heldout, point="at_most",
             )
             for rate in RATES
         ),

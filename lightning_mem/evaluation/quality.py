@@ -43,6 +43,11 @@ def space_of(extractor: AbstractExtractor) -> dict[str, Any]:
     return {"extractor": extractor.name, "extractor_digest": extractor.digest, "resize": extractor.resize}
 
 
+def is_inception(extractor: AbstractExtractor) -> bool:
+    """Whether these are the 2048 features of the original Inception: only there a distance is called FID or KID."""
+    return extractor.name == "inception" and bool(getattr(extractor, "official", False))
+
+
 def frechet(c: Comparison) -> list[Number]:
     """``frechet/<extractor>/train`` and ``.../heldout``, and ``.../floor``: what fresh real images score."""
     return [number for extractor in c.banks.extractors for number in _frechet(c, extractor)]
@@ -64,7 +69,7 @@ def _frechet(c: Comparison, extractor: AbstractExtractor) -> Iterator[Number]:
             interval = jackknife_interval(partial(_frechet_of_rows, features=features, real=real), n)
             definition["interval"] = JACKKNIFE
         yield Number(name, value, n, definition, interval, unit)
-        if getattr(extractor, "official", False):
+        if is_inception(extractor):
             yield Number(f"fid/{side}", value, n, definition, interval, unit)
     if len(c.banks.images("heldout")) >= 4:
         yield c.banks.once(("floor", extractor.name), lambda: _floor(c, extractor))
@@ -144,7 +149,7 @@ def kernel(c: Comparison) -> list[Number]:
             rows = c.banks.rows(bank)
             definition = {**c.common, **space_of(extractor), "bank": bank, "bank_size": len(rows)}
             names = [f"kernel/{extractor.name}/{side}"]
-            names += [f"kid/{side}"] if getattr(extractor, "official", False) else []
+            names += [f"kid/{side}"] if is_inception(extractor) else []
             n = len(c.samples)
             if min(n, len(rows)) < 2:
                 why = f"needs 2 images, got {len(rows)}"

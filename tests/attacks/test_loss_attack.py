@@ -161,6 +161,7 @@ def test_the_records_tell_both_arms_apart_and_a_leak_of_the_other_sign_is_one_to
     assert [record.definition["sign"] for record in turned] == [-1]
     assert turned[0].value > 0.9
     assert plain.definition["setting"] == "copies"
+    assert found["tpr_at_0.01", "none", "fixed", 20].definition["point"] == "at_most"  # of the two in use
     assert protected.definition["protection_scale"] == -60.0
     assert plain.low == pytest.approx(plain.value - stats.norm.ppf(0.975))
     assert found["auc", "none", "fixed", 20].value > 0.9

@@ -27,6 +27,7 @@ from lightning_mem.attacks.membership_scores import (
 )
 from lightning_mem.defenses import NearestRejection
 from lightning_mem.diffusion import DiffusionProcess, EmpiricalDenoiser, Target
+from lightning_mem.diffusion.sampling import network_of
 from lightning_mem.evaluation import Workers
 from lightning_mem.metrics import roc
 from lightning_mem.modules import load_target
@@ -85,6 +86,27 @@ def test_a_coin_that_decides_who_is_a_member_cannot_be_told(name: str) -> None:
     swap = torch.rand(64, generator=torch.Generator().manual_seed(0)) < 0.5
     dealt = torch.where(swap, other[:, 0], own[:, 0]), torch.where(swap, own[:, 0], other[:, 0])
     assert abs(roc(*dealt).auc - 0.5) < 3 * math.sqrt((64 + 64 + 1) / (12 * 64 * 64))
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_a_network_that_learned_nothing_tells_nothing(name: str) -> None:
+    target = load_target(write_target(Path("untrained")))
+    network, draw = network_of(target.denoiser), torch.Generator().manual_seed(0)
+    assert network is not None
+    for value in network.parameters():  # its last layer starts at zero
+        value.data += 0.1 * torch.randn(value.shape, generator=draw)
+    attack = ATTACKS[name](timesteps=[40], noise_seed=0)
+    own, other = attack.scores(target, (patterns(64, 7), patterns(64, 8)), {"none": ()}, Workers())["none"]
+    assert len(own.unique()) > 60
+    assert abs(roc(own[:, 0], other[:, 0]).auc - 0.5) < 3 * math.sqrt((64 + 64 + 1) / (12 * 64 * 64))
+
+
+def test_at_little_noise_the_optimum_makes_no_error_on_members() -> None:
+    own, other = LossAttack(timesteps=[1], noise_seed=0).scores(
+        closed_form(), (MEMBERS, HELDOUT), {"none": ()}, Workers()
+    )["none"]
+    assert -1e-6 < float(own.min()) <= 0
+    assert float(other.max()) < -100
 
 
 @pytest.mark.parametrize("name", ATTACKS)

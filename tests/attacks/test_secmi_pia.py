@@ -6,16 +6,17 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+from jsonargparse import ArgumentParser
 from oracles import planted_mixture
 from torch import Tensor, nn
 from victim import patterns, scene_of
 
-from lightning_mem.attacks import PIA, GradientNorm, SecMI, SecMINetwork
+from lightning_mem.attacks import PIA, AbstractAttack, GradientNorm, SecMI, SecMINetwork, secmi_network
 from lightning_mem.attacks.pia import unit_scale
 from lightning_mem.attacks.query import Query
 from lightning_mem.diffusion import DiffusionProcess, EmpiricalDenoiser, Target
 from lightning_mem.evaluation import Workers
-from lightning_mem.metrics import roc
+from lightning_mem.metrics import Roc, roc
 from lightning_mem.networks import ClassifierConfig
 from lightning_mem.randomness import generator
 
@@ -44,7 +45,7 @@ def test_pia_is_the_distance_of_two_predictions(prediction: str, normalize: bool
     for t in (50, 200):
         alpha_bar = float(target.process.alpha_bar[t])
         again = noise(target, math.sqrt(alpha_bar) * x0 + math.sqrt(1 - alpha_bar) * eps, t)
-        expected.append((np.abs(eps - again) ** 4).sum((1, 2, 3)) ** 0.25)
+        expected.append((np.abs(eps - again) ** 4).sum((1, 2, 3)) ** 0.25)  # which ranks as without the root
     attack = PIA(normalize, timesteps=[50, 200])
     found = attack.side_errors(target, IMAGES, {"none": ()}, "members", Workers())["none"]
     np.testing.assert_allclose(found, np.stack(expected, 1), rtol=2e-3)
@@ -77,6 +78,16 @@ def test_secmi_goes_there_and_back_by_ddim_and_reads_the_error_at_t() -> None:
     np.testing.assert_allclose(found, np.stack(list(expected.values()), 1), rtol=2e-2)
     assert SecMI(10).steps(100) == [0, 10, 20, 30, 40, 50, 60, 70, 80, 90, 100]  # the release stops at 90
     assert SecMI(10).reach([100]) == 110
+
+
+def test_numbers_of_a_command_line_stay_what_they_are() -> None:
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(AbstractAttack, "attack")
+    given = ["--attack", "lightning_mem.attacks.SecMI", "--attack.stride", "5", "--attack.timesteps", "[90]"]
+    saved = parser.dump(parser.parse_args(given))
+    for parsed in (parser.parse_args(given), parser.parse_string(saved)):
+        attack = parser.instantiate(parsed).attack
+        assert (attack.stride, attack.timesteps, attack.steps(10)) == (5, [90], [0, 5, 10])
 
 
 class Constant:
@@ -202,6 +213,26 @@ def test_secmis_network_learns_from_some_images_and_is_told_on_others(trained: t
         attack.tell(target, (members, heldout[:19]), Workers())
     with pytest.raises(ValueError, match=r"share must lie in \(0, 1\)"):
         SecMINetwork(share=1)
+
+
+def test_the_epoch_that_tells_the_choosing_images_best_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    draw = torch.Generator().manual_seed(0)
+    train, choose = ([torch.rand(n, 1, 8, 8, generator=draw) * size for size in (0.9, 1.0)] for n in (12, 40))
+    seen: list[float] = []
+
+    def noted(own: Tensor, other: Tensor) -> Roc:
+        found = roc(own, other)
+        seen.append(found.auc)
+        return found
+
+    monkeypatch.setattr(secmi_network, "roc", noted)
+    attack = SecMINetwork(
+        epochs=8, learning_rate=0.5, batch_size=6, network=ClassifierConfig(widths=(8,), blocks=(2,)), noise_seed=0
+    )
+    kept = attack._fit(train, choose, "none", 100)
+    assert len(seen) == 8
+    assert seen[-1] < max(seen)
+    assert roc(*(secmi_network._logits(kept, side) for side in choose)).auc == max(seen)
 
 
 def test_a_protected_denoiser_is_asked_with_its_protection() -> None:

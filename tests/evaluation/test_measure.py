@@ -8,7 +8,7 @@ from lightning_mem.data import MemorizationDataModule
 from lightning_mem.diffusion import DiffusionProcess, EmpiricalDenoiser
 from lightning_mem.evaluation import Measure, Reference, Workers, draw_samples
 from lightning_mem.evaluation.measure import EVERY
-from lightning_mem.metrics import wilson_interval
+from lightning_mem.metrics import PixelsExtractor, wilson_interval
 from lightning_mem.types import SampleSet, to_uint8
 
 
@@ -163,6 +163,24 @@ def test_the_extrapolated_distance_takes_off_the_bias_of_few_samples() -> None:
     plain, extrapolated = values["frechet/pixels/heldout"], values["frechet_infinity/pixels/heldout"]
     assert abs(extrapolated) < plain
     assert values["frechet_infinity/pixels/heldout_low"] < 0.002
+
+
+def test_only_the_original_inception_has_a_fid_and_a_kid(planted: Planted, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Named(PixelsExtractor):
+        """Pixels under another name, as from an official file."""
+
+        def __init__(self, name: str) -> None:
+            super().__init__()
+            self.name, self.official = name.removesuffix(" of our own"), name in ("inception", "inception-64", "sscd")
+
+    monkeypatch.setattr("lightning_mem.evaluation.measure.build_extractor", lambda name, *_, **__: Named(name))
+    reference = Reference.from_images(planted.members, planted.heldout)
+    found = {}
+    for name in ("pixels", "inception", "inception of our own", "inception-64", "sscd"):
+        records = Measure(reference, [name], metrics=["frechet", "kernel"])(planted.samples).records
+        found[name] = {record.name for record in records if record.name.startswith(("fid", "kid"))}
+    assert found.pop("inception") == {"fid/train", "fid/heldout", "kid/train", "kid/heldout"}
+    assert not any(found.values()), found
 
 
 def test_kernel_distance_is_the_formula_on_banks_of_equal_size(planted: Planted) -> None:

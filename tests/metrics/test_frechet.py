@@ -1,5 +1,6 @@
 import pickle
 import re
+import sys
 
 import numpy as np
 import pytest
@@ -38,6 +39,14 @@ def by_sqrtm(a, b):
 def test_two_unit_gaussians_one_apart_in_2048_dimensions_are_2048_apart():
     eye = torch.eye(2048)
     assert frechet_distance(torch.zeros(2048), eye, torch.ones(2048), eye) == 2048
+
+
+def test_no_scipy_is_on_the_way(monkeypatch):
+    features = [torch.from_numpy(gaussian_features(n, 6, seed)) for n, seed in ((40, 0), (5, 1))]
+    truth = frechet_distance_from_features(*features)
+    for name in [name for name in sys.modules if name.split(".")[0] == "scipy"]:
+        monkeypatch.setitem(sys.modules, name, None)  # importing it now fails
+    assert frechet_distance_from_features(*features) == truth
 
 
 def test_diagonal_gaussians_by_hand():
