@@ -16,7 +16,7 @@ COSTS = {"evaluations": "denoiser calls", "seconds_per_image": "seconds"}
 """Names of costs, and their units."""
 
 
-def denoiser_calls(target: Target, sampler: Sampler, num_steps: int, *, conditioned: bool) -> int:
+def denoiser_calls(target: Target, sampler: Sampler, num_steps: int, *, conditioned: bool, further: int = 0) -> int:
     """Evaluations of the network that one sample takes: N (Heun: 2N - 1), twice that under classifier-free guidance.
 
     Args:
@@ -24,9 +24,10 @@ def denoiser_calls(target: Target, sampler: Sampler, num_steps: int, *, conditio
         sampler: See :func:`lightning_mem.diffusion.sample`.
         num_steps: N.
         conditioned: Whether samples are drawn under a label or a prompt: without one there is nothing to guide by.
+        further: Calls beside the sampler's, such as for a loss.
     """
     guided = conditioned and getattr(target.denoiser, "cfg_weight", 1.0) != 1
-    return len(target.process.scheduler(sampler, num_steps).timesteps) * (2 if guided else 1)
+    return (len(target.process.scheduler(sampler, num_steps).timesteps) + further) * (2 if guided else 1)
 
 
 def cost_numbers(calls: int, seconds: Sequence[float] | Tensor, about: Mapping[str, Any], per: str) -> list[Number]:

@@ -1,6 +1,5 @@
 """The inpainting attack: half of an image is hidden, and a model that knows the image completes it better."""
 
-import csv
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -10,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from rich.table import Table
 from torch import Tensor
 
 from lightning_mem.attacks.base import AbstractAttack
@@ -22,6 +22,9 @@ from lightning_mem.attacks.conditions import (
     check_rule,
     conditions_of,
 )
+from lightning_mem.attacks.detection_report import statistics_table
+from lightning_mem.attacks.extraction_costs import cost_numbers, denoiser_calls
+from lightning_mem.attacks.inpainting_report import Side, draw_completions, write_images
 from lightning_mem.attacks.loss_scores import loss_z
 from lightning_mem.data.datamodule import BLOCK
 from lightning_mem.diffusion import Sampler, Target
@@ -42,8 +45,9 @@ class Inpainting(AbstractAttack):
 
     Records, for ``definition.statistic`` ``best`` (the kept) and ``all`` (no choice): ``attack/inpainting/distance``
     and ``distance_heldout`` (means over images), ``auc``, ``tpr_at_0.01`` and ``z`` (standard errors by which members
-    are completed better). ``tables/inpainting.csv`` has a row for every image. A second run goes on where the first one
-    stopped.
+    are completed better). Without a statistic: ``evaluations`` (denoiser calls of an image, all its completions and
+    their losses) and ``seconds_per_image``. ``tables/inpainting.csv`` has a row for every image;
+    ``images/inpainting.png`` shows some beside their completions. A second run goes on where the first one stopped.
 
     Args:
         num_images: Members, and as many held-out images, drawn by address; null for all.
@@ -58,6 +62,7 @@ class Inpainting(AbstractAttack):
         sample_seed: Of noise and of the drawn images; null takes ``seed_everything``.
         block: Images of a network call: part of the definition.
         condition: What a text-to-image model is asked under; see :class:`AbstractMembership`.
+        pictures: How many images of a side are shown beside their completions; 0 for none.
 
     Raises:
         ValueError: If a number is out of range, a class-conditional target meets images without labels, or a side has
@@ -90,15 +95,17 @@ class Inpainting(AbstractAttack):
         sample_seed: int | None = None,
         block: int = BLOCK,
         condition: Rule | None = None,
+        pictures: int = 6,
     ) -> None:
         if num_images is not None and num_images < 2:
             raise ValueError(f"num_images must be at least 2, got {num_images}")
         if not 1 <= kept <= num_inpaintings:
             raise ValueError(f"kept must lie in 1 .. num_inpaintings, got {kept} of {num_inpaintings}")
-        if block < 1:
-            raise ValueError(f"block must be at least 1, got {block}")
+        if block < 1 or pictures < 0:
+            raise ValueError(f"block must be at least 1 and pictures at least 0, got {block} and {pictures}")
         self.condition, self.conditions, self._captions = condition, Conditions(), ""
         self.num_images, self.num_inpaintings, self.kept = num_images, num_inpaintings, kept
+        self.pictures = pictures
         self.half: Half = half
         self.timestep = timestep
         self.seed = int(os.environ.get("PL_GLOBAL_SEED", "0")) if sample_seed is None else sample_seed
@@ -139,43 +146,58 @@ class Inpainting(AbstractAttack):
                 f"and {len(heldout)}: raise data.num_heldout"
             )
         self.conditions = conditions_of(scene.target, reference, self.condition)
-        found, chosen = {}, {}
+        found, seconds_each = {}, []
         for kind, images in sides.items():
-            chosen[kind] = torch.randperm(len(images), generator=generator(self.seed, "inpainting images", kind))
-            chosen[kind] = chosen[kind][: self.num_images].sort().values
+            chosen = torch.randperm(len(images), generator=generator(self.seed, "inpainting images", kind))
+            chosen = chosen[: self.num_images].sort().values
             completions = Completions(
-                scene.target, images[chosen[kind]], self.half, self.num_inpaintings, self.timestep, self.seed, kind,
-                self.drawing, scene.workers.device, self.conditions.part(kind, chosen[kind]).of(scene.target, kind),
+                scene.target, images[chosen], self.half, self.num_inpaintings, self.timestep, self.seed, kind,
+                self.drawing, scene.workers.device, self.conditions.part(kind, chosen).of(scene.target, kind),
             )  # fmt: skip
-            found[kind] = self._all(scene, completions)
-        best = {kind: self._best(scores) for kind, scores in found.items()}
-        every = {kind: scores[:, :, 1].mean(1) for kind, scores in found.items()}
-        scene.first(lambda: self._write(scene.folder / "tables" / "inpainting.csv", chosen, best, every))
+            scores, taken = self._all(scene, completions)
+            found[kind] = Side(completions, chosen, scores, self.kept)
+            seconds_each.append(taken)
+        scene.first(lambda: self._write(scene.folder, found))
         seconds = time.perf_counter() - start
-        return [
+        records = [
             record
-            for statistic, distances in (("best", best), ("all", every))
+            for statistic, distances in (
+                ("best", {kind: side.best for kind, side in found.items()}),
+                ("all", {kind: side.every for kind, side in found.items()}),
+            )
             for record in self._records(statistic, distances, scene, seconds)
         ]
+        conditioned = self.conditions.kind in ("label", "caption")
+        calls = denoiser_calls(
+            scene.target, self.drawing["sampler"], self.drawing["num_steps"], conditioned=conditioned, further=1
+        )
+        about = {**self._definition(), **self.conditions.definition}
+        costs = cost_numbers(calls * self.num_inpaintings, torch.cat(seconds_each), about, "image")
+        digest_of = reference.members_digest
+        records += [scene.record(PREFIX, n, seed=self.seed, data_digest=digest_of, seconds=seconds) for n in costs]
+        return records
 
-    def _best(self, scores: Tensor) -> Tensor:
-        """Mean distance [N] over the completions with the lowest loss; scores [N, completions, 2]."""
-        order = scores[:, :, 0].argsort(dim=1, stable=True)[:, : self.kept]
-        return scores[:, :, 1].gather(1, order).mean(1)
+    def table(self, records: Sequence[Record]) -> Table:
+        """One column a statistic."""
+        return statistics_table(records, PREFIX, "attack inpainting")
 
-    def _all(self, scene: Scene, completions: Completions) -> Tensor:
-        """Scores [N, completions, 2], a few images at a time, each group kept in a file."""
+    def _all(self, scene: Scene, completions: Completions) -> tuple[Tensor, Tensor]:
+        """Scores [N, completions, 2] and seconds [N], a few images at a time, each group kept in a file."""
         block, count = int(self.drawing["block"]), completions.count
         together = max(1, block // count)
-        found = []
+        found, seconds = [], []
         for group in torch.arange(len(completions.images)).split(together):
-            file = scene.folder / "parts" / f"{completions.kind}_{int(group[0]):06d}.npy"
-            there = file.is_file()
-            if not there:
+            file = scene.folder / "parts" / f"{completions.kind}_{int(group[0]):06d}.npz"
+            # no process comes to the next group before all have looked: what is scored in between is gathered
+            if not file.is_file():
+                start = time.perf_counter()
                 scores = self._group(completions, group, scene.workers, block)
-                scene.first(lambda scores=scores, file=file: _save(file, scores))  # type: ignore[misc]
-            found.append(torch.from_numpy(np.load(file)))
-        return torch.cat(found)
+                taken = time.perf_counter() - start
+                scene.first(lambda scores=scores, file=file, taken=taken: _save(file, scores, taken))  # type: ignore[misc]
+            with np.load(file, allow_pickle=False) as arrays:
+                found.append(torch.from_numpy(arrays["scores"]))
+                seconds.append(torch.full((len(group),), float(arrays["seconds"]) / len(group), dtype=torch.float64))
+        return torch.cat(found), torch.cat(seconds)
 
     @staticmethod
     def _group(completions: Completions, group: Tensor, workers: Workers, block: int) -> Tensor:
@@ -192,8 +214,8 @@ class Inpainting(AbstractAttack):
         curve, half = roc(-members, -heldout), NormalDist().inv_cdf(0.975)
         n = len(members) + len(heldout)
         about = {
-            **self._definition(), **self.conditions.definition, "statistic": statistic, "num_members": len(members), "num_heldout": len(heldout),
-            "distance": "rms-l2 of the hidden half",
+            **self._definition(), **self.conditions.definition, "statistic": statistic, "num_members": len(members),
+            "num_heldout": len(heldout), "distance": "rms-l2 of the hidden half",
         }  # fmt: skip
         reference, z = scene.reference(), loss_z(members, heldout)
 
@@ -217,16 +239,12 @@ class Inpainting(AbstractAttack):
             record("z", z, (z - half, z + half), "normal", "standard errors", n),
         ]  # fmt: skip
 
-    @staticmethod
-    def _write(file: Path, chosen: dict[str, Tensor], best: dict[str, Tensor], every: dict[str, Tensor]) -> None:
-        with atomic_write(file) as opened:
-            writer = csv.writer(opened, lineterminator="\n")
-            writer.writerow(["set", "row", "distance_best", "distance_all"])
-            for kind, rows in chosen.items():
-                columns: Sequence[list[Any]] = (rows.tolist(), best[kind].tolist(), every[kind].tolist())
-                writer.writerows([kind, row, f"{a:.6g}", f"{b:.6g}"] for row, a, b in zip(*columns, strict=True))
+    def _write(self, folder: Path, sides: dict[str, Side]) -> None:
+        write_images(folder / "tables" / "inpainting.csv", sides)
+        if self.pictures:
+            draw_completions(folder / "images" / "inpainting.png", sides, self.pictures)
 
 
-def _save(file: Path, scores: Tensor) -> None:
+def _save(file: Path, scores: Tensor, seconds: float) -> None:
     with atomic_write(file, "wb") as opened:
-        np.save(opened, scores.numpy(), allow_pickle=False)
+        np.savez(opened, allow_pickle=False, scores=scores.numpy(), seconds=np.float64(seconds))

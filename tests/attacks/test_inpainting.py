@@ -1,6 +1,8 @@
 """Inpainting: the known half stays, completions by Bayes' rule, the choice by loss, members against others, a stop."""
 
 import csv
+import dataclasses
+import io
 import math
 from pathlib import Path
 from typing import Any
@@ -8,12 +10,14 @@ from typing import Any
 import pytest
 import torch
 from oracles import gaussian_denoiser, planted_mixture
+from rich.console import Console
 from stable_diffusion import save_pipeline
 from torch import Tensor
 from victim import patterns, scene_of
 
 from lightning_mem.attacks import Inpainting
 from lightning_mem.attacks.completions import Completions, hidden_half
+from lightning_mem.attacks.inpainting_report import Side
 from lightning_mem.diffusion import DiffusionProcess, EmpiricalDenoiser, Target
 from lightning_mem.diffusion.sampling import sample_x0
 from lightning_mem.modules import load_target
@@ -90,18 +94,38 @@ def test_losses_are_those_of_the_closed_form_and_do_not_depend_on_company() -> N
 
 def test_the_completions_with_the_lowest_loss_are_averaged() -> None:
     scores = torch.tensor([[[0.3, 1.0], [0.1, 2.0], [0.2, 4.0]], [[0.1, 1.0], [0.2, 8.0], [0.3, 2.0]]])
-    attack = Inpainting(num_inpaintings=3, kept=2)
-    assert attack._best(scores.double()).tolist() == [3.0, 4.5]
+    target = EmpiricalDenoiser(MEMBERS, DiffusionProcess("linear")).target()
+    side = Side(completions(target, MEMBERS[:2], 3), torch.arange(2), scores.double(), kept=2)
+    assert side.best.tolist() == [3.0, 4.5]
+    assert side.every.tolist() == pytest.approx([7 / 3, 11 / 3])
 
 
-def by_name(records: list[Record], statistic: str) -> dict[str, Record]:
+def test_what_is_shown_is_the_image_its_seen_half_its_best_completions_and_their_mean() -> None:
+    target = planted_mixture(MEMBERS, DiffusionProcess("linear"))
+    own = completions(target, MEMBERS[:3], 6)
+    scores = torch.cat([own.scores(rows) for rows in torch.arange(18).split(16)]).unflatten(0, (3, 6))
+    side = Side(own, torch.tensor([4, 5, 9]), scores, kept=4)
+    shown = side.shown(1)
+    assert torch.equal(shown[0], MEMBERS[1])
+    assert (shown[1, :, :, 4:] == 128).all()
+    assert torch.equal(shown[1, :, :, :4], MEMBERS[1, :, :, :4])
+    order = scores[1, :, 0].argsort()[:4]
+    drawn = torch.cat([own.pixels(own.complete(row), row) for row in (6 + order)[:, None]])
+    assert torch.equal(shown[2:5], drawn[:3])
+    torch.testing.assert_close(shown[5].double(), drawn.double().mean(0), atol=0.5, rtol=0)
+    distances = [float((image - 0.0 - MEMBERS[1])[:, :, 4:].square().mean().sqrt()) / 255 for image in drawn]
+    assert float(side.best[1]) == pytest.approx(sum(distances) / 4, rel=1e-5)
+
+
+def by_name(records: list[Record], statistic: str | None) -> dict[str, Record]:
     assert len({record.identity for record in records}) == len(records)
-    return {r.name.removeprefix("attack/inpainting/"): r for r in records if r.definition["statistic"] == statistic}
+    chosen = (r for r in records if r.definition.get("statistic") == statistic)
+    return {r.name.removeprefix("attack/inpainting/"): r for r in chosen}
 
 
 def test_members_are_completed_better_and_a_stopped_run_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     target = EmpiricalDenoiser(MEMBERS, DiffusionProcess("linear")).target()
-    attack = Inpainting(**OPTIONS)
+    attack = Inpainting(**OPTIONS, pictures=0)
     assert attack.identity(target, "x", Path("x"))
     whole = attack.run(scene_of(target, MEMBERS, HELDOUT, Path("whole")))
     found = by_name(whole, "best")
@@ -122,15 +146,42 @@ def test_members_are_completed_better_and_a_stopped_run_goes_on(monkeypatch: pyt
     monkeypatch.setattr(Completions, "scores", stop)
     with pytest.raises(RuntimeError, match="power cut"):
         attack.run(scene_of(target, MEMBERS, HELDOUT))
-    again = attack.run(scene_of(target, MEMBERS, HELDOUT))
+    again = Inpainting(**OPTIONS, pictures=2).run(scene_of(target, MEMBERS, HELDOUT))
     assert len(calls) == 2 + 3  # two groups of four images a side
-    assert [(r.name, r.value) for r in again] == [(r.name, r.value) for r in whole]
+    assert [(r.name, r.value) for r in again[:-1]] == [(r.name, r.value) for r in whole[:-1]]
+    costs, second = (by_name(records, None) for records in (again, attack.run(scene_of(target, MEMBERS, HELDOUT))))
+    assert costs["seconds_per_image"].value == second["seconds_per_image"].value  # kept with each group
+    assert costs["seconds_per_image"].n == costs["evaluations"].n == 16
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(attack.table(again))
+    shown = console.export_text()
+    assert "one image costs 36 denoiser calls, " in shown  # 4 completions of 8 steps and a loss
+    assert "best" in shown.splitlines()[1]
+    assert Path("results/images/inpainting.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(("sampler", "steps"), [("ddim", 4), ("heun", 4)])
+def test_evaluations_are_the_calls_of_an_image(sampler: Any, steps: int) -> None:
+    rows = []
+
+    class Counting:
+        prediction, denoiser = "eps", EmpiricalDenoiser(MEMBERS, DiffusionProcess("linear"))
+
+        def __call__(self, x_t: Tensor, t: Tensor, condition: Any = None) -> Tensor:
+            rows.append(len(x_t))
+            return self.denoiser(x_t, t, condition)
+
+    target = dataclasses.replace(Counting.denoiser.target(), denoiser=Counting())
+    options = {**OPTIONS, "sampler": sampler, "num_steps": steps, "pictures": 0}
+    found = by_name(Inpainting(**options).run(scene_of(target, MEMBERS, HELDOUT)), None)
+    # all blocks are full: 4 images of 4 completions each
+    assert found["evaluations"].value == sum(rows) / 16 == 4 * ((2 * steps - 1 if sampler == "heun" else steps) + 1)
 
 
 def test_nothing_is_told_where_nobody_was_trained_on() -> None:
     target = gaussian_denoiser(torch.zeros(1, 8, 8), 0.5, DiffusionProcess("linear")).target()
     images = patterns(40, 5)
-    options = {**OPTIONS, "num_inpaintings": 2, "kept": 1, "num_steps": 4}
+    options = {**OPTIONS, "num_inpaintings": 2, "kept": 1, "num_steps": 4, "pictures": 0}
     found = by_name(Inpainting(**options).run(scene_of(target, images[:20], images[20:])), "best")
     assert abs(found["z"].value) < 3
     assert found["auc"].low < 0.5 < found["auc"].high
@@ -152,7 +203,7 @@ def test_what_cannot_be_completed_is_refused() -> None:
     for options, message in (
         ({"kept": 5}, r"kept must lie in 1 .. num_inpaintings, got 5 of 4"),
         ({"num_images": 1}, "num_images must be at least 2, got 1"),
-        ({"block": 0}, "block must be at least 1, got 0"),
+        ({"block": 0}, "block must be at least 1 and pictures at least 0, got 0 and 6"),
     ):
         with pytest.raises(ValueError, match=message):
             Inpainting(**{**OPTIONS, **options})
