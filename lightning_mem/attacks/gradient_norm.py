@@ -9,6 +9,7 @@ from torch import Tensor
 from lightning_mem.attacks.conditions import Rule
 from lightning_mem.attacks.membership import AbstractMembership
 from lightning_mem.attacks.query import Query, ask_images
+from lightning_mem.data.datamodule import BLOCK
 from lightning_mem.diffusion import ScoreTerm, Target
 from lightning_mem.diffusion.gradients import Gradient, per_example_gradients
 from lightning_mem.diffusion.sampling import network_of
@@ -34,6 +35,7 @@ class GradientNorm(AbstractMembership):
         curve: Timesteps of ``auc_curve``; null for none.
         noise_seed: Of noise and split; null takes ``seed_everything``.
         condition: Of text-to-image models; see :class:`AbstractMembership`.
+        block: Images of a network call; see :class:`AbstractMembership`.
 
     Raises:
         ValueError: If a number is out of range, or the target has no network (a closed form).
@@ -63,8 +65,9 @@ class GradientNorm(AbstractMembership):
         curve: list[int] | None = None,
         noise_seed: int | None = None,
         condition: Rule | None = None,
+        block: int = BLOCK,
     ) -> None:
-        super().__init__(None, "", timesteps, candidates, curve, noise_seed, condition)
+        super().__init__(None, "", timesteps, candidates, curve, noise_seed, condition, block)
         for word, value in (("num_draws", num_draws), ("images_at_once", images_at_once)):
             if value < 1:
                 raise ValueError(f"{word} must be at least 1, got {value}")
@@ -88,7 +91,7 @@ class GradientNorm(AbstractMembership):
             return torch.stack([self.norms(query, x0, rows, at, name) for at in self.times], 1)
 
         asked = self.conditions.of(target, name)
-        return ask_images(target, images, arms, norms, workers, f"{self.title} on {name}", asked)
+        return ask_images(target, images, arms, norms, workers, f"{self.title} on {name}", asked, self.block)
 
     def norms(self, query: Query, x0: Tensor, rows: Tensor, at: int, name: str) -> Tensor:
         """Norm of every image's own gradient at one timestep, float64 [B]."""

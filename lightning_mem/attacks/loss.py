@@ -10,6 +10,7 @@ from torch import Tensor
 from lightning_mem.attacks.conditions import Rule
 from lightning_mem.attacks.loss_scores import reconstruction_losses
 from lightning_mem.attacks.membership import AbstractMembership, Told
+from lightning_mem.data.datamodule import BLOCK
 from lightning_mem.diffusion import ScoreTerm, Target
 from lightning_mem.diffusion.additions import AbstractAddition
 from lightning_mem.evaluation import Reference, Scene, Workers
@@ -39,6 +40,7 @@ class LossAttack(AbstractMembership):
         flips: Average over an image and its mirror image, each at its own noise.
         spread: Average over t - spread, t and t + spread, as far as they lie in the schedule; 0 for t alone.
         condition: Of text-to-image models; see :class:`AbstractMembership`.
+        block: Images of a network call; see :class:`AbstractMembership`.
 
     Raises:
         ValueError: If a number is out of range, or the protection does not belong to the target.
@@ -73,8 +75,9 @@ class LossAttack(AbstractMembership):
         flips: bool = False,
         spread: int = 0,
         condition: Rule | None = None,
+        block: int = BLOCK,
     ) -> None:
-        super().__init__(protection, setting, timesteps, candidates, curve, noise_seed, condition)
+        super().__init__(protection, setting, timesteps, candidates, curve, noise_seed, condition, block)
         for word, least, value in (("num_draws", 1, num_draws), ("spread", 0, spread)):
             if value < least:
                 raise ValueError(f"{word} must be at least {least}, got {value}")
@@ -107,7 +110,7 @@ class LossAttack(AbstractMembership):
         views = {name: images, f"{name}, mirrored": images.flip(-1)} if self.flips else {name: images}
         options: dict[str, Any] = {
             "seed": self.seed, "num_draws": self.num_draws, "workers": workers,
-            "condition": self.conditions.of(target, name),
+            "condition": self.conditions.of(target, name), "block": self.block,
         }  # fmt: skip
         found = [reconstruction_losses(target, view, asked, arms, name=word, **options) for word, view in views.items()]
         whole = {arm: found[0][arm] if len(found) == 1 else (found[0][arm] + found[1][arm]) / 2 for arm in arms}

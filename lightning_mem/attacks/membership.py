@@ -28,6 +28,7 @@ from lightning_mem.attacks.membership_scores import (
     unresolved,
 )
 from lightning_mem.attacks.report import short
+from lightning_mem.data.datamodule import BLOCK
 from lightning_mem.diffusion import ScoreTerm, Target, guidance_settings
 from lightning_mem.diffusion.additions import AbstractAddition
 from lightning_mem.evaluation import Number, Reference, Scene, Workers
@@ -85,6 +86,7 @@ class AbstractMembership(AbstractAttack):
         condition: What a text-to-image model is asked about an image under: its ``caption``, or the ``empty`` prompt;
             null for the caption where the data have captions. A class-conditional model is asked under the image's
             label. It stands in ``definition.condition``.
+        block: Images of a network call: part of the definition where it is not 64.
 
     Raises:
         ValueError: If a number is out of range, or the protection does not belong to the target or changes no denoiser
@@ -103,6 +105,7 @@ class AbstractMembership(AbstractAttack):
         curve: list[int] | None = None,
         noise_seed: int | None = None,
         condition: Rule | None = None,
+        block: int = BLOCK,
     ) -> None:
         self.timesteps = list(self.default_timesteps if timesteps is None else timesteps)
         self.candidates = self.timesteps if candidates is None else list(candidates)
@@ -112,7 +115,9 @@ class AbstractMembership(AbstractAttack):
                 raise ValueError(f"{word} must be training timesteps >= 0 in increasing order, got {given}")
         self.protection, self.setting = protection, setting
         self.seed = int(os.environ.get("PL_GLOBAL_SEED", "0")) if noise_seed is None else noise_seed
-        self.condition, self.conditions = condition, Conditions()
+        if block < 1:
+            raise ValueError(f"block must be at least 1, got {block}")
+        self.condition, self.conditions, self.block = condition, Conditions(), block
         self._path = self._captions = ""
 
     @property
@@ -129,6 +134,11 @@ class AbstractMembership(AbstractAttack):
     def about(self) -> dict[str, Any]:
         """The method's own settings, flat, for definitions."""
         return {}
+
+    @property
+    def _blocks(self) -> dict[str, int]:
+        """The size of blocks, where it is another than that of all measurements."""
+        return {} if self.block == BLOCK else {"block": self.block}
 
     @abstractmethod
     def side_errors(
@@ -167,7 +177,7 @@ class AbstractMembership(AbstractAttack):
         self._path = path
         protection = arm_settings(self._terms(target, 1))
         asked = (self.timesteps, self.candidates, self.curve)
-        under = [word for word in (self.condition, self._captions) if word]
+        under = [word for word in (self.condition, self._captions) if word] + list(self._blocks.values())
         return digest(target.digest, protection, self.setting, *asked, self.about, self.seed, *under)
 
     def _terms(self, target: Target, count: int) -> Sequence[ScoreTerm]:
@@ -277,7 +287,8 @@ class AbstractMembership(AbstractAttack):
     def defined(self, number: Number, *settings: Mapping[str, Any]) -> Number:
         """A number with what it means: arm, setting and the method's own settings."""
         about = {key: value for part in settings for key, value in part.items()}
-        definition = {**about, "setting": self.setting, **self.conditions.definition, **self.about, **number.definition}
+        asked = {**self.conditions.definition, **self._blocks, **self.about}
+        definition = {**about, "setting": self.setting, **asked, **number.definition}
         return Number(number.name, number.value, number.n, definition, number.interval, number.unit)
 
     def record(self, number: Number, scene: Scene, data_digest: str, seconds: float) -> Record:

@@ -9,6 +9,7 @@ from torch import Tensor
 from lightning_mem.attacks.conditions import Rule
 from lightning_mem.attacks.membership import AbstractMembership
 from lightning_mem.attacks.query import Query, ask_images
+from lightning_mem.data.datamodule import BLOCK
 from lightning_mem.diffusion import ScoreTerm, Target
 from lightning_mem.diffusion.additions import AbstractAddition
 from lightning_mem.evaluation import Workers
@@ -33,6 +34,7 @@ class PIA(AbstractMembership):
         curve: Timesteps of ``auc_curve``; null for none.
         noise_seed: Of the split; null takes ``seed_everything``.
         condition: Of text-to-image models; see :class:`AbstractMembership`.
+        block: Images of a network call; see :class:`AbstractMembership`.
 
     Raises:
         ValueError: If a number is out of range, or the protection does not belong to the target.
@@ -62,8 +64,9 @@ class PIA(AbstractMembership):
         curve: list[int] | None = None,
         noise_seed: int | None = None,
         condition: Rule | None = None,
+        block: int = BLOCK,
     ) -> None:
-        super().__init__(protection, setting, timesteps, candidates, curve, noise_seed, condition)
+        super().__init__(protection, setting, timesteps, candidates, curve, noise_seed, condition, block)
         if not power > 0:
             raise ValueError(f"power must be positive, got {power}")
         self.normalize, self.power = normalize, power
@@ -83,7 +86,7 @@ class PIA(AbstractMembership):
     ) -> dict[str, Tensor]:
         """R; see :class:`AbstractMembership`."""
         asked = self.conditions.of(target, name)
-        return ask_images(target, images, arms, self.errors, workers, f"{self.title} on {name}", asked)
+        return ask_images(target, images, arms, self.errors, workers, f"{self.title} on {name}", asked, self.block)
 
     def errors(self, query: Query, x0: Tensor, rows: Tensor) -> Tensor:
         """R of a block, float64 [B, T]."""

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_mem.attacks.conditions import Asked, on_device
+from lightning_mem.data.datamodule import BLOCK
 from lightning_mem.diffusion import ScoreTerm, Target
 from lightning_mem.diffusion.sampling import evaluation_mode, network_of
 from lightning_mem.diffusion.target import Condition
@@ -100,6 +101,7 @@ def ask_images(
     workers: Workers,
     label: str,
     condition: Asked | None = None,
+    block: int = BLOCK,
 ) -> dict[str, Tensor]:
     """What a measure finds for every image by arm, [N, ...], in blocks of one shape that processes share.
 
@@ -111,6 +113,7 @@ def ask_images(
         workers: How blocks are dealt out.
         label: Of the progress bar.
         condition: What each image is asked under; null for nothing.
+        block: Images of a network call.
     """
     queries = [Query(target, terms, workers.device, condition) for terms in arms.values()]
 
@@ -119,5 +122,5 @@ def ask_images(
         return torch.stack([measure(query, x0, rows) for query in queries], 1)
 
     with evaluation_mode(target.denoiser):
-        found = workers.in_blocks(len(images), compute, label=label).cpu()
+        found = workers.in_blocks(len(images), compute, block, label).cpu()
     return {arm: found[:, place] for place, arm in enumerate(arms)}

@@ -11,6 +11,7 @@ from lightning_mem.attacks.conditions import Rule
 from lightning_mem.attacks.membership_scores import Sides
 from lightning_mem.attacks.query import Query, ask_images
 from lightning_mem.attacks.secmi import SecMI
+from lightning_mem.data.datamodule import BLOCK
 from lightning_mem.diffusion import ScoreTerm, Target
 from lightning_mem.diffusion.additions import AbstractAddition
 from lightning_mem.evaluation import Workers
@@ -48,6 +49,7 @@ class SecMINetwork(SecMI):
         curve: See there.
         noise_seed: Of splits, initial weights and batches; null takes ``seed_everything``.
         condition: See there.
+        block: See there.
 
     Raises:
         ValueError: If a number is out of range, or a side has fewer than 20 images.
@@ -79,8 +81,9 @@ class SecMINetwork(SecMI):
         curve: list[int] | None = None,
         noise_seed: int | None = None,
         condition: Rule | None = None,
+        block: int = BLOCK,
     ) -> None:
-        super().__init__(stride, protection, setting, timesteps, candidates, curve, noise_seed, condition)
+        super().__init__(stride, protection, setting, timesteps, candidates, curve, noise_seed, condition, block)
         if not 0 < share < 1 or not learning_rate > 0:
             raise ValueError(f"share must lie in (0, 1), learning_rate be positive, got {share} and {learning_rate}")
         if epochs < 1 or batch_size < 2:
@@ -108,7 +111,16 @@ class SecMINetwork(SecMI):
             return self.differences(query, x0, rows).abs().float()
 
         sides = [
-            ask_images(target, side, arms, maps, workers, f"{self.title} on {name}", self.conditions.of(target, name))
+            ask_images(
+                target,
+                side,
+                arms,
+                maps,
+                workers,
+                f"{self.title} on {name}",
+                self.conditions.of(target, name),
+                self.block,
+            )
             for side, name in zip(images, ("members", "heldout"), strict=True)
         ]
         return {arm: self._learned(arm, (sides[0][arm], sides[1][arm])) for arm in arms}

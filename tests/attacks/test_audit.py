@@ -12,10 +12,13 @@ from PIL import Image
 from stable_diffusion import save_pipeline
 from victim import patterns, scene_of
 
-from lightning_mem.attacks import Audit, Inpainting, LossAttack, prompted
+from lightning_mem.attacks import PIA, Audit, Inpainting, LossAttack, prompted
 from lightning_mem.cli import run
+from lightning_mem.data import ListedSource, MemorizationDataModule
 from lightning_mem.diffusion import DiffusionProcess
+from lightning_mem.modules import DenoiserModule
 from lightning_mem.records import Record, read_records
+from lightning_mem.trainer import MemorizationTrainer
 
 CONFIGS = Path(__file__).parent.parent.parent / "configs"
 AUDIT, FOLDER = (CONFIGS / kind / "attacks" / "audit.yaml" for kind in ("stable_diffusion", "folder"))
@@ -112,34 +115,54 @@ def test_a_stable_diffusion_type_model_is_audited_by_one_command(capsys: pytest.
     shown = capsys.readouterr().out
     assert all(f"attack {name}" in shown for name in ("prompted", "noise_norm"))
     assert "resolve false positive rates from 0.2 on" in shown.replace("\n", " ")
-    with pytest.raises(ValueError, match=r"members.json names members with the digest .* need another run folder"):
-        audited(AUDIT, TEXT, *options, "--data.num_members=3")
 
 
 SMALL = {
     "num_samples: 4096": "num_samples: 70", "num_steps: 50": "num_steps: 2",
     "num_inpaintings: 100": "num_inpaintings: 2\n          num_steps: 2", "kept: 10": "kept: 1",
-    "num_draws: 10": "num_draws: 1",
+    "num_draws: 10": "num_draws: 1\n          block: 4", "timesteps: [100]": "timesteps: [100]\n          block: 4",
+    "timesteps: [200]": "timesteps: [200]\n          block: 4",
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("classes", [None, 4])
-def test_a_pipeline_on_pixels_is_audited_by_one_command(classes: int | None) -> None:
+def pipeline(classes: int | None = None) -> str:
+    """A diffusers folder around a tiny UNet on pixels."""
     torch.manual_seed(0)
     unet = UNet2DModel(
         sample_size=16, block_out_channels=(8,), down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",),
         layers_per_block=1, norm_num_groups=4, num_class_embeds=classes,
     )  # fmt: skip
     DDPMPipeline(unet, DDPMScheduler()).save_pretrained("theirs", safe_serialization=True)
-    labelled = [] if classes is None else ["--data.labels=true", f"--data.num_classes={classes}"]
-    records = audited(FOLDER, SMALL, "--model.init_args.pretrained=theirs", *labelled)
+    return "theirs"
+
+
+def test_a_class_conditional_pipeline_is_audited_by_one_command() -> None:
+    options = ["--model.init_args.pretrained", pipeline(4), "--data.labels=true", "--data.num_classes=4"]
+    records = audited(FOLDER, SMALL, *options)
     names = {record.name.split("/")[1] for record in records}
     assert names == {"extraction", "inpainting", "loss", "secmi", "pia", "gradient_norm"}
-    told = [r for r in records if r.name.endswith("/auc")]
-    assert {r.definition.get("condition") for r in told} == {None if classes is None else "label"}
+    assert {r.definition.get("condition") for r in records if r.name.endswith("/auc")} == {"label"}
     written = json.loads(Path("runs/audit/members.json").read_text())
     assert [len(written[side]["indices"]) for side in ("members", "heldout")] == [4, 5]
     rows = next(Path("runs").glob("*/attacks/audit-*/pia-*/tables/membership.csv")).read_text().splitlines()[1:]
-    assert [row.split(",")[:2] for row in rows] == [
-        [side, str(place)] for side, places in (("members", range(4)), ("heldout", range(4, 9))) for place in places
-    ]
+    places = [("members", range(4)), ("heldout", range(4, 9))]
+    assert [row.split(",")[:2] for row in rows] == [[side, str(i)] for side, indices in places for i in indices]
+
+
+def test_what_a_folder_says_of_other_images_is_not_taken_for_these() -> None:
+    table("own.csv", 0, ["a"] * 4)
+    table("other.csv", 1, ["a"] * 5)
+    model = DenoiserModule.from_diffusers(pipeline())
+
+    def attacked(**options: int) -> list[Record]:
+        source = ListedSource("own.csv", "other.csv")
+        data = MemorizationDataModule(source, num_heldout=None, image_size=16, channels=3, **options)
+        quiet = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False, "accelerator": "cpu"}
+        trainer = MemorizationTrainer(default_root_dir="runs/theirs", **quiet)
+        return trainer.attack(model, Audit([PIA(timesteps=[20], block=4)]), data)
+
+    first = attacked()
+    assert attacked() == first
+    assert {r.definition["num_members"] for r in first if r.name == "attack/pia/z"} == {4, 2}
+    with pytest.raises(ValueError, match=r"theirs/members.json names members .* need another run folder"):
+        attacked(num_members=3)
