@@ -132,9 +132,12 @@ class GradientFeatures:
     def of_queries(self, queries: Queries) -> FeatureStore:
         """Of the queries, as they are."""
         queries.fitting(self.scene.reference().members.shape[1:])
-        return self._filled(f"queries-{queries.digest[:8]}", queries.images, queries.labels, False)
+        labels = self.gradients.needed(queries.labels)
+        own = digest(queries.images, None if labels is None else labels)
+        return self._filled(f"queries-{own[:8]}", queries.images, labels, False)
 
     def _filled(self, name: str, images: Tensor, labels: Tensor | None, mirror: bool) -> FeatureStore:
+        labels = self.gradients.needed(labels)
         manifest = {**self.settings, "images": digest(images), "mirror": mirror}
         if labels is not None:
             manifest["labels"] = digest(labels)

@@ -121,14 +121,22 @@ class ImageGradients:
         Raises:
             ValueError: If a class-conditional target gets no labels.
         """
+        labels = self.needed(labels)
+        found = self._of(images, labels)
+        return (found + self._of(images.flip(-1), labels)) / 2 if mirror else found
+
+    def needed(self, labels: Tensor | None) -> Tensor | None:
+        """The labels where the target is conditioned on classes, else null.
+
+        Raises:
+            ValueError: If it needs labels and there are none.
+        """
         if self.target.num_classes is not None and labels is None:
             raise ValueError(
                 f"the target is conditioned on {self.target.num_classes} classes: its gradients need the images' "
                 "labels (data.labels of the run; labels of the queries)"
             )
-        labels = labels if self.target.num_classes is not None else None
-        found = self._of(images, labels)
-        return (found + self._of(images.flip(-1), labels)) / 2 if mirror else found
+        return labels if self.target.num_classes is not None else None
 
     @torch.no_grad()
     def _of(self, images: Tensor, labels: Tensor | None) -> Tensor:

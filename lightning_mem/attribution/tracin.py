@@ -106,7 +106,7 @@ class TracIn(AbstractAttribution):
         """See :class:`AbstractAttribution`; one column an image, whichever way round training saw it."""
         reference = scene.reference()
         moments = self.moments(scene.target, scene.home, scene.workers.device)
-        if len(moments) > 1:
+        if any(moment.place for moment in moments):
             kept = find_checkpoints(str(scene.home / "checkpoints" / "*.ckpt"))
             check_trained_on(kept, reference.members_digest)
         total = torch.zeros(len(queries), len(reference.indices), dtype=torch.float64)

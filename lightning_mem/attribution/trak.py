@@ -80,6 +80,7 @@ class TRAK(AbstractAttribution):
         """
         features = self._features(scene)
         found = RidgeScores(features.of_members()).scores_by_lam(features.of_queries(queries), grid)
+        self._cost = total_cost([features])
         return dict(zip(grid, found, strict=True))
 
     def cost(self) -> Mapping[str, float]:
