@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from rich.table import Table
 from torch import Tensor
 
-from lightning_mem.attacks.extraction_costs import cost_line
+from lightning_mem.attacks.extraction_costs import COSTS, cost_line
 from lightning_mem.attacks.report import finish, short
 from lightning_mem.evaluation import Number
 from lightning_mem.evaluation.curves import COLORS
@@ -56,10 +56,10 @@ def detection_numbers(scores: Scores, word: str, unit: str, about: Mapping[str, 
 
 
 def statistics_table(records: Sequence[Record], prefix: str, title: str) -> Table:
-    """One column a statistic, one row a number; below it the cost.
+    """One column a statistic, one row a number; below it the cost that all share.
 
     Args:
-        records: With ``definition.statistic``; costs may have none.
+        records: With ``definition.statistic``, but for shared costs.
         prefix: Of their names.
         title: Of the table.
     """
@@ -68,14 +68,15 @@ def statistics_table(records: Sequence[Record], prefix: str, title: str) -> Tabl
     rows: dict[str, dict[str, Record]] = {}
     for record in told:
         rows.setdefault(record.name.removeprefix(prefix), {})[record.definition["statistic"]] = record
-    caption = cost_line(records, prefix)
+    caption = cost_line([record for record in records if "statistic" not in record.definition], prefix)
     table = Table(title=title, title_justify="left", title_style="bold", caption=caption, **LOOK)
     table.caption_justify = "left"
     table.add_column("", no_wrap=True)
     for column in columns:
         table.add_column(column, justify="right", no_wrap=True)
     for name, own in rows.items():
-        table.add_row(name, *(short(own.get(column)) for column in columns))
+        found = [own.get(column) for column in columns]
+        table.add_row(name, *(f"{r.value:.4g}" if r and r.value and name in COSTS else short(r) for r in found))
     return table
 
 
@@ -113,8 +114,13 @@ def _spread(panel: Axes, scores: Scores, words: Mapping[str, str]) -> None:
     everything = torch.cat(list(scores.values()))
     low, high = float(everything.min()), float(everything.max())
     edges = torch.linspace(low, high if high > low else low + 1.0, BINS + 1, dtype=torch.float64)
-    for place, (color, (kind, own)) in enumerate(zip(COLORS, scores.items(), strict=False)):
-        share = torch.full_like(own, 1 / len(own))
+    highest = 0.0
+    for color, (kind, own) in zip(COLORS, scores.items(), strict=False):
+        share = [1 / len(own)] * len(own)
         label = f"{words[kind]} ({len(own)})"
-        panel.hist(own.tolist(), edges.tolist(), weights=share.tolist(), color=color, alpha=0.5, label=label)
-        panel.plot(own, [-0.02 - 0.03 * place] * len(own), "|", color=color, ms=5, alpha=0.6)
+        heights, _, _ = panel.hist(own.tolist(), edges.tolist(), weights=share, color=color, alpha=0.5, label=label)
+        highest = max(highest, float(max(heights)))
+    for place, (color, own) in enumerate(zip(COLORS, scores.values(), strict=False)):
+        panel.plot(own, [-0.05 * highest * (place + 1)] * len(own), "|", color=color, ms=5, alpha=0.6)
+    panel.set_ylim(-0.15 * highest, 1.35 * highest)  # room for the legend
+    panel.set_yticks([tick for tick in panel.get_yticks() if 0 <= tick <= 1.35 * highest])

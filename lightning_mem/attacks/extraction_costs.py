@@ -49,7 +49,7 @@ def cost_numbers(calls: int, seconds: Sequence[float] | Tensor, about: Mapping[s
 
 
 def cost_line(records: Sequence[Record], prefix: str) -> str:
-    """``a generation costs 50 denoiser calls, 0.0123 seconds``, for a table's caption; empty without costs."""
+    """``one generation costs 50 denoiser calls, 0.0123 seconds``, for a table's caption; empty without costs."""
     found = {r.name.removeprefix(prefix): r for r in records if r.name.removeprefix(prefix) in COSTS}
     parts = [f"{r.value:.4g} {COSTS[name]}" for name, r in found.items() if r.value is not None]
     untimed = [" (read from the disk: not timed)" for r in found.values() if r.value is None]

@@ -3,30 +3,32 @@
 import csv
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.table import Table
 from torch import Tensor
 
 from lightning_mem.attacks.base import AbstractAttack
 from lightning_mem.attacks.conditions import Captions
+from lightning_mem.attacks.detection_report import Scores, detection_numbers, draw_detection, statistics_table
+from lightning_mem.attacks.extraction_costs import cost_numbers
 from lightning_mem.attacks.placement import placed
 from lightning_mem.attacks.prompts import condition_of, filled, prompt_lists, rows_of, with_cfg
 from lightning_mem.data.datamodule import BLOCK
 from lightning_mem.diffusion import Sampler, Target
 from lightning_mem.diffusion.sampling import sample_x0
 from lightning_mem.diffusion.target import Condition, Denoiser
-from lightning_mem.evaluation import Scene, Workers
-from lightning_mem.metrics import roc
+from lightning_mem.evaluation import Number, Scene, Workers
 from lightning_mem.randomness import derive_seed
 from lightning_mem.records import Record, atomic_write, digest
 
 PREFIX = "attack/noise_norm/"
-RATES = (0.01, 0.001)
-"""False positive rates at which the true positive rate is told."""
+KINDS = {"members": "suspected prompts", "heldout": "held-out prompts"}
+"""In the legend."""
 
 
 class _Watched:
@@ -114,8 +116,9 @@ class NoiseNorm(AbstractAttack):
 
     over generations g and steps s; larger = memorized. Needs no image. ``definition.statistic`` is ``mean``, or
     ``first_step`` for the first step alone, which costs two network evaluations a generation. Records:
-    ``attack/noise_norm/norm`` and ``norm_heldout`` (means over prompts), ``auc``, ``tpr_at_0.01``, ``tpr_at_0.001``.
-    ``tables/noise_norms.csv`` has every prompt's norm at every step.
+    ``attack/noise_norm/norm`` and ``norm_heldout`` (means over prompts), ``auc``, ``tpr_at_0.01``, ``tpr_at_0.001``,
+    ``evaluations`` (denoiser calls of a generation), and of ``mean`` ``seconds_per_image`` (of a generation).
+    ``tables/noise_norms.csv`` has every prompt's norm at every step, ``images/noise_norms.png`` how they spread.
 
     Args:
         prompts: Suspected prompts: a list, or a file; null for the captions of the data; see
@@ -185,52 +188,45 @@ class NoiseNorm(AbstractAttack):
             for kind, prompts in self.prompts.items()
             if prompts
         }
-        scene.first(lambda: self._write(scene.folder / "tables" / "noise_norms.csv", found))
-        seconds = time.perf_counter() - start
-        records = [
-            *self._records("mean", {kind: norms.mean(1) for kind, norms in found.items()}, scene, seconds),
-            *self._records("first_step", {kind: norms[:, 0] for kind, norms in found.items()}, scene, seconds),
-        ]
-        return records
+        taken = time.perf_counter() - start
+        scores = {
+            "mean": {kind: norms.mean(1) for kind, norms in found.items()},
+            "first_step": {kind: norms[:, 0] for kind, norms in found.items()},
+        }
+        scene.first(lambda: self._write(scene.folder, found, scores))
+        numbers = self._numbers(scores, next(iter(found.values())).shape[1], taken)
+        seed, seconds = int(self.drawing["seed"]), time.perf_counter() - start
+        return [scene.record(PREFIX, number, seed=seed, seconds=seconds) for number in numbers]
 
-    def _records(self, statistic: str, scores: dict[str, Tensor], scene: Scene, seconds: float) -> list[Record]:
-        about = {**{k: v for k, v in self.drawing.items() if k != "seed"}, "statistic": statistic}
-        about |= {f"num_{kind}": len(own) for kind, own in scores.items()}
+    def _numbers(self, scores: Mapping[str, Scores], calls: int, taken: float) -> list[Number]:
+        """Both statistics; a call of the guided denoiser asks with the prompt and without."""
+        settings = {key: value for key, value in self.drawing.items() if key != "seed"}
+        prompts = sum(map(len, scores["mean"].values()))
+        each = torch.full((prompts * self.drawing["num_generations"],), 1.0, dtype=torch.float64)
+        numbers = []
+        for statistic, own in scores.items():
+            about = {**settings, "statistic": statistic}
+            whole = statistic == "mean"
+            seconds = each * (taken / len(each) if whole else torch.nan)
+            numbers += detection_numbers(own, "norm", "l2", about)
+            costs = cost_numbers(2 * (calls if whole else 1), seconds, about, "generation")
+            numbers += costs if whole else costs[:1]  # the first step is not timed alone
+        return numbers
 
-        def record(
-            name: str, value: float, ends: tuple[float, float] | None, interval: str, n: int, unit: str = "fraction"
-        ) -> Record:
-            low, high = ends or (None, None)
-            return Record(
-                PREFIX + name, value, n, scene.step, low, high, scene.target.weights,
-                self.drawing["seed"], unit, round(seconds, 3), {**about, "interval": interval},
-                config_digest=scene.config_digest, run=scene.home.name,
-            )  # fmt: skip
+    def table(self, records: Sequence[Record]) -> Table:
+        """One column a statistic."""
+        return statistics_table(records, PREFIX, "attack noise_norm")
 
-        records = []
-        for kind, own in scores.items():
-            mean, half = float(own.mean()), 1.96 * float(own.std()) / len(own) ** 0.5 if len(own) > 1 else None
-            ends = None if half is None else (mean - half, mean + half)
-            end = "" if kind == "members" else "_heldout"
-            records.append(record(f"norm{end}", mean, ends, "normal over prompts", len(own), "l2"))
-        if len(scores) == 2 and min(map(len, scores.values())) > 1:
-            curve = roc(scores["members"], scores["heldout"])
-            n = curve.num_members + curve.num_heldout
-            records.append(record("auc", curve.auc, curve.auc_interval(), "delong", n))
-            for rate in RATES:
-                ends, value = curve.tpr_interval(rate), curve.tpr_at(rate)
-                records.append(record(f"tpr_at_{rate}", value, ends, "order statistics and wilson", curve.num_heldout))
-        return records
-
-    def _write(self, file: Path, found: dict[str, Tensor]) -> None:
-        """One row a prompt, the largest mean first: the mean, and the norm at each call."""
+    def _write(self, folder: Path, found: Mapping[str, Tensor], scores: Mapping[str, Scores]) -> None:
+        """The picture; and one row a prompt, the largest mean first: the mean, and the norm at each call."""
+        draw_detection(folder / "images" / "noise_norms.png", scores, KINDS, "norm of the prompt's part")
         rows = [
             (float(norms.mean()), prompt, kind, norms.tolist())
             for kind, all_norms in found.items()
             for prompt, norms in zip(self.prompts[kind], all_norms, strict=True)
         ]
         calls = len(rows[0][3])
-        with atomic_write(file) as opened:
+        with atomic_write(folder / "tables" / "noise_norms.csv") as opened:
             writer = csv.writer(opened, lineterminator="\n")
             writer.writerow(["prompt", "prompts", "mean", *(f"call_{number}" for number in range(calls))])
             for mean, prompt, kind, norms in sorted(rows, key=lambda row: -row[0]):

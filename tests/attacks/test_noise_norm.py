@@ -1,16 +1,18 @@
 """Noise norms: against another library's guided sampling by hand, company, signs, records and refusals."""
 
 import csv
+import io
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from stable_diffusion import save_pipeline, tiny_pipeline
 from torch import Tensor
 from victim import patterns, scene_of
 
-from lightning_mem.attacks import NoiseNorm, noise_norms
+from lightning_mem.attacks import NoiseNorm, noise_norm, noise_norms
 from lightning_mem.diffusion import DiffusionProcess, Target
 from lightning_mem.modules import load_target
 from lightning_mem.randomness import derive_seed, generator
@@ -77,7 +79,8 @@ def test_the_norm_is_in_noise_whatever_the_network_predicts_and_before_the_weigh
     )
 
 
-def test_prompts_that_move_more_are_called_members() -> None:
+def test_prompts_that_move_more_are_called_members(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(noise_norm, "draw_detection", lambda *_: None)
     attack = NoiseNorm(["0.9", "0.8", "0.2"], ["0.1", "0.3", "-0.05", "0"], num_generations=2, num_steps=2)
     scene = scene_of(listening(), patterns(2), patterns(2, 1))
     assert attack.identity(scene.target, "x", Path("x"))
@@ -87,7 +90,10 @@ def test_prompts_that_move_more_are_called_members() -> None:
         found = {
             r.name.removeprefix("attack/noise_norm/"): r for r in records if r.definition["statistic"] == statistic
         }
-        assert set(found) == {"norm", "norm_heldout", "auc", "tpr_at_0.01", "tpr_at_0.001"}
+        timed = {"seconds_per_image"} if statistic == "mean" else set()
+        assert set(found) == {"norm", "norm_heldout", "auc", "tpr_at_0.01", "tpr_at_0.001", "evaluations", *timed}
+        assert found["evaluations"].value == (4 if statistic == "mean" else 2)  # with the prompt and without, a step
+        assert found["evaluations"].n == 14
         assert found["auc"].value == pytest.approx(11 / 12)
         assert found["tpr_at_0.01"].value == pytest.approx(2 / 3)
         assert found["norm"].value == pytest.approx(8 * 1.9 / 3, rel=1e-3)
@@ -97,7 +103,31 @@ def test_prompts_that_move_more_are_called_members() -> None:
     assert [row["prompts"] for row in rows[:3]] == ["members", "members", "heldout"]
     assert float(rows[0]["call_1"]) == pytest.approx(7.2, rel=1e-3)
     alone = NoiseNorm(["0.9", "0.8"], num_steps=2).run(scene)
-    assert {record.name for record in alone} == {"attack/noise_norm/norm"}
+    names = {record.name.removeprefix("attack/noise_norm/") for record in alone}
+    assert names == {"norm", "evaluations", "seconds_per_image"}
+
+
+def test_evaluations_are_counted_and_shown_beside_the_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows: list[int] = []
+    original = Listening.__call__
+
+    def call(self: Listening, x_t: Tensor, t: Tensor, condition: Any = None) -> Tensor:
+        rows.append(len(x_t))
+        return original(self, x_t, t, condition)
+
+    monkeypatch.setattr(Listening, "__call__", call)
+    attack = NoiseNorm(["0.9", "0.8"], ["0.1", "0.3"], num_generations=2, num_steps=3, sampler="heun", block=4)
+    records = attack.run(scene_of(listening(), patterns(2), patterns(2, 1)))
+    found = {r.name.removeprefix("attack/noise_norm/"): r for r in records if r.definition["statistic"] == "mean"}
+    assert found["evaluations"].value == sum(rows) / 8 == 2 * (2 * 3 - 1)
+    each = found["seconds_per_image"]
+    assert 0 < (each.value or 0) <= each.seconds / 8
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(attack.table(records))
+    shown = console.export_text().splitlines()
+    assert next(line.split() for line in shown if "evaluations" in line) == ["evaluations", "10", "2"]
+    assert len(next(line.split() for line in shown if "seconds" in line)) == 2
+    assert Path("results/images/noise_norms.png").stat().st_size > 1000
 
 
 def test_what_cannot_be_watched_is_refused() -> None:
