@@ -16,6 +16,7 @@ from lightning_mem.attacks.loss_scores import calibrated_verdict, loss_z, recons
 from lightning_mem.attacks.membership import AbstractMembership
 from lightning_mem.attacks.memberships import Memberships
 from lightning_mem.attacks.noise_norm import NoiseNorm, noise_norms
+from lightning_mem.attacks.one_step import OneStepExtraction, one_step_scores
 from lightning_mem.attacks.pfami import PFAMI
 from lightning_mem.attacks.pia import PIA
 from lightning_mem.attacks.prompted import PromptedExtraction
