@@ -1,27 +1,50 @@
 """Encoded ensembles: the members trained on the units that their codes name, and what the ensemble then tells."""
 
 import json
+import math
 import shutil
 import tempfile
+import time
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
+from torch import Tensor
 
 from lightning_mem.attribution.codes import UnitCodes, UnitKind, units_of
+from lightning_mem.attribution.counterfactual import Landscape, evaluations, landscape
+from lightning_mem.attribution.counterfactual_picture import draw_counterfactuals, top_counterfactuals
+from lightning_mem.attribution.counterfactual_report import (
+    agreement_numbers,
+    copy_numbers,
+    radius_numbers,
+    source_numbers,
+)
+from lightning_mem.attribution.ensemble import Ensemble
+from lightning_mem.attribution.influence import first_order_landscape
 from lightning_mem.data import MemorizationDataModule
+from lightning_mem.data.datamodule import BLOCK
 from lightning_mem.data.deduplicate import Rule
 from lightning_mem.data.plan import Row, merge
 from lightning_mem.diffusion import Sampler
-from lightning_mem.records import Record, atomic_write
+from lightning_mem.evaluation import Number
+from lightning_mem.records import Record, atomic_write, digest
 from lightning_mem.studies.base import AbstractStudy, Run, Settings
+from lightning_mem.studies.pooling import OVER_SEEDS, pooled_share, seeds_interval
 from lightning_mem.studies.recipe import read_data
 
 SEED_STEP = 100
 """Between the seeds of two ensembles' members: none trains two members."""
+
+PICTURES = 8
+"""Samples that are shown."""
+
+Make = Callable[..., Landscape]
+"""What makes a landscape: leaving out, or derivatives."""
 
 
 class EnsembleStudy(AbstractStudy):
@@ -135,5 +158,123 @@ class EnsembleStudy(AbstractStudy):
     # --- report --------------------------------------------------------------------------------------------------
 
     def report(self, runs: Sequence[Run], folder: Path) -> list[Record]:
-        """Explain the ensembles whose members are all there."""
-        return []
+        """Explain the ensembles whose members are all there; writes pictures and landscapes, prints a table."""
+        found: list[list[Record]] = []
+        for seed in self.seeds:
+            own = [run for run in runs if run.row.name in self.codes(seed).members]
+            if len(own) == self.ensemble_size:
+                found.append(self._explained(seed, folder, own[0]))
+            else:
+                print(f"{len(own)} of the {self.ensemble_size} members of seed {seed} are trained: not explained yet")
+        records = pooled(found)
+        if records:
+            print(f"{table(records)}\nopen {folder / 'images'} and {folder / 'results.jsonl'}")
+        return records
+
+    def _explained(self, seed: int, folder: Path, run: Run) -> list[Record]:
+        """The numbers of one ensemble."""
+        ensemble = Ensemble.load(folder / f"codes_seed{seed}.json")
+        data = self.data(seed)
+        images, owners = data.bank()
+        units = ensemble.codes.unit_of(data.members.indices[owners])
+        identity = digest(ensemble.digest, images, self.num_samples, self.drawing)
+        exact, first_order = (
+            self._kept(folder / f"{name}_seed{seed}.npz", identity, make, ensemble, images, units)
+            for name, make in (("landscape", landscape), ("first_order", first_order_landscape))
+        )
+        seconds = exact[1]["seconds"], first_order[1]["seconds"]
+        about = {
+            "num_members": self.num_members, "ensemble_size": self.ensemble_size, "units": self.units,
+            "num_units": len(ensemble.codes.units), "num_samples": self.num_samples, "method": "exact ablation",
+            **{key: value for key, value in self.drawing.items() if key != "seed"}, "block": BLOCK,
+            "sample_seed": self.drawing["seed"],
+        }  # fmt: skip
+        forward = {**about, "method": "forward-mode derivative"}
+        steps = self.drawing["num_steps"]
+        numbers = [
+            *source_numbers(exact[0], about),
+            *source_numbers(first_order[0], forward),
+            *radius_numbers(exact[0], about),
+            *agreement_numbers(exact[0], first_order[0], about),
+            *copy_numbers(ensemble, images, units, self.num_samples, about, **self.drawing),
+            Number("trainings", self.ensemble_size, 1, about, None, "count"),
+            Number("evaluations", evaluations(ensemble, self.num_samples, steps), 1, about, None, "count"),
+            Number("seconds", round(seconds[0], 1), 1, about, None, "s"),
+            Number("seconds", round(seconds[1], 1), 1, forward, None, "s"),
+        ]
+        self._draw(ensemble, exact[0], images, units, folder / "images" / f"counterfactuals_seed{seed}.png")
+        step = int(run.config["trainer"]["max_steps"])
+        weights = ensemble.members[0].weights
+        return [
+            Record(
+                f"attribution/ensemble/{number.name}", number.value, number.n, step,
+                *(number.interval or (None, None)), weights, seed, number.unit, 0.0, number.definition,
+                data.members.digest, "", folder.name,
+            )
+            for number in numbers
+        ]  # fmt: skip
+
+    def _kept(
+        self, file: Path, identity: str, make: Make, ensemble: Ensemble, images: Tensor, units: Tensor
+    ) -> tuple[Landscape, dict[str, float]]:
+        """A landscape, computed once; a report that is asked for again reads it."""
+        known = Landscape.load(file, identity)
+        if known is None:
+            begun = time.monotonic()
+            found = make(ensemble, images, units, torch.arange(self.num_samples), **self.drawing)
+            known = found, {"seconds": time.monotonic() - begun}
+            found.save(file, identity, **known[1])
+        return known
+
+    def _draw(self, ensemble: Ensemble, found: Landscape, images: Tensor, units: Tensor, path: Path) -> None:
+        shown = range(min(PICTURES, len(found)))
+        tops = found.moved_away.argmax(1)[: len(shown)].tolist()
+        draw_counterfactuals(
+            found, top_counterfactuals(ensemble, tops, shown, **self.drawing), images, units, path, "moved_away"
+        )
+
+
+def pooled(ensembles: Sequence[Sequence[Record]]) -> list[Record]:
+    """The records of several ensembles as one each: shares and other numbers by their means over seeds.
+
+    One ensemble's stay what they are; those that do not exist in every ensemble are left out of several.
+    """
+    if len(ensembles) < 2:
+        return [replace(record, definition={**record.definition, "seeds": 1}) for own in ensembles for record in own]
+    groups: dict[str, list[Record]] = {}
+    for own in ensembles:
+        for record in own:
+            about = {key: value for key, value in record.definition.items() if key != "chance"}
+            groups.setdefault(digest(record.name, about), []).append(record)
+    found = []
+    for own in groups.values():
+        values = [record.value for record in own if record.value is not None]
+        if len(values) < len(ensembles):
+            continue
+        low: float | None
+        high: float | None
+        if own[0].unit == "fraction":
+            value, low, high = pooled_share(values, own[0].n)
+        else:
+            value, (low, high) = math.fsum(values) / len(values), seeds_interval(values)
+        about = {**own[0].definition, "seeds": len(own), "interval": OVER_SEEDS}
+        found.append(
+            replace(
+                own[0], value=value, low=low, high=high, n=sum(record.n for record in own), seed=0, data_digest="",
+                run="pooled", definition=about,
+            )
+        )  # fmt: skip
+    return found
+
+
+def table(records: Sequence[Record]) -> str:
+    """Markdown: a line a number."""
+    lines = ["| number | method | score or object | value | 95 % interval | n |", "|---|---|---|---:|---:|---:|"]
+    for record in records:
+        about = record.definition
+        word = " ".join(str(about[key]) for key in ("score", "of", "bank") if key in about)
+        value = "none" if record.value is None else f"{record.value:.4g}"
+        ends = "" if record.low is None or record.high is None else f"{record.low:.3g} to {record.high:.3g}"
+        name = record.name.rpartition("/")[2]
+        lines.append(f"| {name} | {about.get('method', '')} | {word} | {value} | {ends} | {record.n} |")
+    return "\n".join(lines)

@@ -35,7 +35,7 @@ def drawn(weights: Tensor, steps: int, eta: float = 0.0) -> Tensor:
     return sample_x0(networks().weighted(weights), [0, 3], **options)
 
 
-@pytest.mark.parametrize(("steps", "eta"), [(1, 0.0), (4, 0.0), (3, 1.0)])
+@pytest.mark.parametrize(("steps", "eta"), [(2, 0.0), (3, 1.0)])
 def test_forward_derivatives_equal_central_difference_quotients(steps: int, eta: float) -> None:
     whole, slopes = weight_derivatives(
         networks(), [0, 3], seed=7, num_steps=steps, eta=eta, block=2, dtype=torch.float64
