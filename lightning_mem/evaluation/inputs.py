@@ -13,7 +13,7 @@ import yaml
 from torch import Tensor
 from tqdm import tqdm
 
-from lightning_mem.data import GREY_RULE, RESIZE_RULE, ArraySource, FolderSource, fit_image, read_image
+from lightning_mem.data import GREY_RULE, RESIZE_RULE, ArraySource, CSVSource, FolderSource, fit_image, read_image
 from lightning_mem.data.split import image_digest
 from lightning_mem.records import digest
 from lightning_mem.types import SampleSet
@@ -43,11 +43,12 @@ def samples_file(run: str | Path) -> Path:
 
 
 def read_samples(path: str | Path, shape: tuple[int, ...] | None = None) -> SampleSet:
-    """Samples of a run folder, an ``.npz`` or ``.npy`` file, or a folder of images.
+    """Samples of a run folder, an ``.npz`` or ``.npy`` file, a folder of images, or a ``.csv`` that names images.
 
     Args:
         path: ``.npz`` with ``arr_0`` uint8 [N, H, W, C] (a manifest beside it is checked), ``.npy`` with that array,
-            a folder of images at any depth (addressed in order of their relative paths), or a run folder.
+            a folder of images at any depth (addressed in order of their relative paths), a ``.csv`` with a column
+            ``file``, or a run folder.
         shape: Make images that are not (C, H, W) fit by ``FIT_RULE``, and say so in the settings; null: as they are.
 
     Raises:
@@ -79,12 +80,12 @@ def shape_of(path: str | Path) -> tuple[int, ...]:
 
 
 def read_stack(path: str | Path, shape: tuple[int, ...] | None = None) -> Tensor:
-    """Images of a folder or of an ``.npz`` or ``.npy`` file as they are, uint8 [N, C, H, W].
+    """Images of a folder, a ``.csv``, or an ``.npz`` or ``.npy`` file as they are, uint8 [N, C, H, W].
 
-    In a folder that mixes grey and colour images the grey ones are repeated to three channels.
+    In a folder or ``.csv`` that mixes grey and colour images the grey ones are repeated to three channels.
 
     Args:
-        path: Folder of images, or file.
+        path: Folder of images, or file; a ``.csv`` names image files (:class:`lightning_mem.data.CSVSource`).
         shape: Make them fit (C, H, W) by ``FIT_RULE``, whatever their size; null leaves them as they are.
 
     Raises:
@@ -95,15 +96,17 @@ def read_stack(path: str | Path, shape: tuple[int, ...] | None = None) -> Tensor
     if not path.exists():
         raise FileNotFoundError(f"there is no file or folder {path}")
     if path.is_dir():
-        return _folder(FolderSource(str(path)), shape)
+        return _files(FolderSource(str(path)), shape)
+    if path.suffix.lower() == ".csv":
+        return _files(CSVSource(str(path)), shape)
     if path.suffix.lower() not in (".npz", ".npy"):
-        raise ValueError(f"{path} is neither an .npz or .npy file nor a folder of images")
+        raise ValueError(f"{path} is neither an .npz, .npy or .csv file nor a folder of images")
     arrays = ArraySource(str(path))._arrays[0]
     stack = torch.from_numpy(np.array(arrays)).permute(0, 3, 1, 2).contiguous()
     return stack if shape is None else fit_stack(stack, shape)
 
 
-def _folder(source: FolderSource, shape: tuple[int, ...] | None) -> Tensor:
+def _files(source: FolderSource | CSVSource, shape: tuple[int, ...] | None) -> Tensor:
     def read(number: int) -> np.ndarray:
         image = read_image(source.file(number))
         if shape is not None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lightning_mem.data import FolderSource, MemorizationDataModule
+from lightning_mem.data import AbstractSource, MemorizationDataModule
 from lightning_mem.randomness import generator
 from lightning_mem.records import digest
 
@@ -19,9 +19,9 @@ def _no_captions() -> None:
     return None
 
 
-def folder_files(source: FolderSource) -> Callable[[int], str]:
-    """File of an image by its place in a folder."""
-    return lambda index: str(source.file(index))
+def files_of(source: AbstractSource) -> Callable[[int], str]:
+    """File of an image by its place in a source; empty where images are no files."""
+    return lambda index: str(source.file(index) or "")
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class Reference:
             members_digest=data.members.digest,
             heldout_digest=data.heldout.digest,
             seed=data.seed,
-            file_of=lambda index: str(data.source.file(index) or ""),
+            file_of=files_of(data.source),
             repeats=data.repeats,
             fresh=lambda count: data.fresh(count).images,
             labels=_labels_of(data),

@@ -11,7 +11,8 @@ from typing import Any
 from jsonargparse import ArgumentParser, Namespace
 from rich.console import Console
 
-from lightning_mem.data import AbstractSource, FolderSource, MemorizationDataModule
+from lightning_mem.data import AbstractSource, ArraySource, MemorizationDataModule
+from lightning_mem.data.listed import source_of
 from lightning_mem.diffusion import Sampler
 from lightning_mem.evaluation.checkpoints import Draw, check_trained_on, find_checkpoints, measure_checkpoints
 from lightning_mem.evaluation.comparison import cache_folder
@@ -33,7 +34,7 @@ from lightning_mem.evaluation.inputs import (
     shape_of,
 )
 from lightning_mem.evaluation.measure import EVERY, Measure, MetricName
-from lightning_mem.evaluation.reference import Reference, folder_files
+from lightning_mem.evaluation.reference import Reference, files_of
 from lightning_mem.evaluation.table import curve_table
 from lightning_mem.evaluation.workers import Workers
 from lightning_mem.types import Weights
@@ -86,7 +87,7 @@ def evaluate(
         data: Training and held-out images as for ``fit``; a run's ``config.yaml`` holds them. Sizes that are not given
             are taken from the samples.
         source: Shorter for ``data.source``.
-        members: Training images: a folder, ``.npz`` or ``.npy``; all of them, as they are.
+        members: Training images: a folder, ``.npz``, ``.npy``, or a ``.csv`` that names them; all, as they are.
         heldout: Images of the same kind that were never trained on, for the control; with ``members``.
         checkpoints: A glob, quoted: draw samples from each of these checkpoints, measure them, and draw the curve.
             Those whose records are there already are passed over.
@@ -192,7 +193,8 @@ def _reference(
         held = None if heldout is None else read_stack(heldout)
         if held is not None and held.shape[1:] != stack.shape[1:]:
             raise ValueError(f"{members} holds images {tuple(stack.shape[1:])}, {heldout} {tuple(held.shape[1:])}")
-        files = {"file_of": folder_files(FolderSource(members))} if Path(members).is_dir() else {}
+        listed = source_of(members)
+        files = {} if isinstance(listed, ArraySource) else {"file_of": files_of(listed)}
         found = Reference.from_images(stack, held, **files)
         # as a run names its sets, so that its checkpoints know them
         return replace(found, members_digest=content_digest(stack), heldout_digest=content_digest(found.heldout))

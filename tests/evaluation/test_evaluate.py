@@ -15,6 +15,7 @@ from lightning_mem.data import MemorizationDataModule
 from lightning_mem.diffusion import DiffusionProcess, EmpiricalDenoiser
 from lightning_mem.evaluation import draw_samples, read_ledger
 from lightning_mem.evaluation.evaluate import exceeded, parse_limits
+from lightning_mem.evaluation.inputs import content_digest
 from lightning_mem.evaluation.verb import evaluate
 from lightning_mem.metrics import wilson_interval
 from lightning_mem.modules import DenoiserModule
@@ -58,6 +59,17 @@ def test_planted_copies_are_found_through_the_verb(planted: Planted, capsys: pyt
     assert "memorization/ratio 0.083 [0.036, 0.181] 0.000 [0.000, 0.060]" in shown
     assert "2 training images copied, most often (times, smallest RMS-L2): #4 3 0.000 #7 2 0.000" in shown
     assert Path("samples_evaluation/images/pairs_samples.png").stat().st_size > 5000
+
+
+def test_training_images_may_be_named_by_a_table(planted: Planted) -> None:
+    planted.write()
+    write_pngs("pictures", planted.members)
+    names = [f"pictures/{number:05d}.png" for number in range(40)]
+    Path("members.csv").write_text("\n".join(["file,caption", *(f"{name},a digit" for name in names)]))
+    assert status("--samples", "samples.npz", "--members", "members.csv", "--out", "named") == 0
+    ratio = by_name("named/results.jsonl")["memorization/ratio"]
+    assert (ratio.value, ratio.data_digest) == (5 / 60, content_digest(planted.members))
+    assert [row["file"] for row in read_ledger("named/ledger.csv")] == [names[4], names[7]]
 
 
 def test_a_folder_of_pngs_reads_as_the_same_images(planted: Planted) -> None:
@@ -237,7 +249,7 @@ def test_resized_samples_say_so_in_every_definition(planted: Planted) -> None:
         ({"samples": ["samples.npz"], "members": "members.npz", "data": {}}, "two training sets"),
         ({"samples": ["samples.npz"], "members": "members.npz", "pairs": 0}, "pairs must be at least 1, got 0"),
         ({"samples": ["empty"], "members": "members.npz"}, "holds no image"),
-        ({"samples": ["samples.txt"], "members": "members.npz"}, "neither an .npz or .npy file nor a folder"),
+        ({"samples": ["samples.txt"], "members": "members.npz"}, "neither an .npz, .npy or .csv file nor a folder"),
         ({"samples": ["samples.npz"] * 2, "members": "members.npz"}, "two sets of samples would write to one folder"),
         ({"samples": ["samples.npz"], "members": "members.npz", "threshold": 1.5}, "threshold must lie in"),
         ({"samples": ["samples.npz"], "members": "same.npz"}, "two different training images, got 1"),
