@@ -1,4 +1,4 @@
-"""One-step extraction: a memorized prompt gives its image after a single step from noise, and the same one each time."""
+"""One-step extraction: a memorized prompt shows its image after a single step, the same one from every noise."""
 
 import csv
 import os
@@ -227,12 +227,9 @@ class OneStepExtraction(AbstractAttack):
         return [scene.record(PREFIX, number, seed=seed, seconds=seconds) for number in numbers]
 
     def _numbers(self, target: Target, scores: Mapping[str, Scores], taken: float) -> list[Number]:
-        last = target.process.num_timesteps - 1
-        settings = {key: value for key, value in self.drawing.items() if key != "seed"} | {
-            "cfg_weight": self.cfg_weight
-        }
-        if settings["timestep"] is None:
-            settings["timestep"] = last
+        t = target.process.num_timesteps - 1 if self.drawing["timestep"] is None else self.drawing["timestep"]
+        settings = {**self.drawing, "timestep": t, "cfg_weight": self.cfg_weight}
+        del settings["seed"]  # every record has its own
         numbers = []
         for statistic, own in scores.items():
             numbers += detection_numbers(own, "score", UNITS[statistic], {**settings, "statistic": statistic})

@@ -14,6 +14,7 @@ from torch import Tensor
 from victim import patterns, scene_of
 
 from lightning_mem.attacks import OneStepExtraction, one_step_scores
+from lightning_mem.attacks import one_step as one_step_module
 from lightning_mem.attacks.one_step import edges, one_step
 from lightning_mem.diffusion import DiffusionProcess, EmpiricalDenoiser, Target
 from lightning_mem.modules import load_target
@@ -116,7 +117,10 @@ def test_memorized_labels_score_higher_and_what_it_costs_is_told() -> None:
     assert "one generation costs 1 denoiser calls, " in console.export_text()
 
 
-def test_prompts_of_a_text_to_image_model_are_scored_under_guidance(tmp_path: Path) -> None:
+def test_prompts_of_a_text_to_image_model_are_scored_under_guidance(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(one_step_module, "draw_detection", lambda *_: None)
     target = load_target(save_pipeline(tmp_path))
     attack = OneStepExtraction(["a", "b"], ["c"], num_generations=2, block=4)
     records = attack.run(scene_of(target, patterns(2), patterns(2, 1)))
@@ -135,8 +139,8 @@ def test_what_cannot_be_asked_is_refused() -> None:
         OneStepExtraction(["8"], cfg_weight=None).identity(labelled(), "x", Path("x"))
     with pytest.raises(ValueError, match="cfg_weight 7.5 needs a text-to-image model"):
         OneStepExtraction(["0"]).identity(labelled(), "x", Path("x"))
+    settings: list[dict[str, Any]] = [{}, {"timestep": 500}, {"num_generations": 3}, {"sample_seed": 4}]
     digests = {
-        OneStepExtraction(["0"], cfg_weight=None, **own).identity(labelled(), "x", Path("x"))
-        for own in ({}, {"timestep": 500}, {"num_generations": 3}, {"sample_seed": 4})
+        OneStepExtraction(["0"], cfg_weight=None, **own).identity(labelled(), "x", Path("x")) for own in settings
     }
     assert len(digests) == 4
