@@ -10,6 +10,7 @@ from torch import Tensor
 from lightning_mem.attacks.conditions import Rule
 from lightning_mem.attacks.membership import AbstractMembership
 from lightning_mem.attacks.query import Query, ask_images
+from lightning_mem.data.datamodule import BLOCK
 from lightning_mem.diffusion import ScoreTerm, Target
 from lightning_mem.evaluation import Workers
 from lightning_mem.randomness import generator
@@ -37,6 +38,7 @@ class FlowLikelihood(AbstractMembership):
         curve: Timesteps of ``auc_curve``; null for none.
         noise_seed: Of signs and split; null takes ``seed_everything``.
         condition: Of text-to-image models; see :class:`AbstractMembership`.
+        block: Images of a network call; see :class:`AbstractMembership`.
 
     Raises:
         ValueError: If a number is out of range, or the target cannot be differentiated.
@@ -68,8 +70,9 @@ class FlowLikelihood(AbstractMembership):
         curve: list[int] | None = None,
         noise_seed: int | None = None,
         condition: Rule | None = None,
+        block: int = BLOCK,
     ) -> None:
-        super().__init__(None, "", timesteps, candidates, curve, noise_seed, condition)
+        super().__init__(None, "", timesteps, candidates, curve, noise_seed, condition, block)
         for word, value in (("num_steps", num_steps), ("num_probes", 1 if num_probes is None else num_probes)):
             if value < 1:
                 raise ValueError(f"{word} must be at least 1, got {value}")
@@ -99,7 +102,7 @@ class FlowLikelihood(AbstractMembership):
             return -torch.stack(found, 1) / (x0[0].numel() * math.log(2))
 
         asked = self.conditions.of(target, name)
-        return ask_images(target, images, arms, bits, workers, f"{self.title} on {name}", asked)
+        return ask_images(target, images, arms, bits, workers, f"{self.title} on {name}", asked, self.block)
 
     def nodes(self, query: Query, t: int) -> list[int]:
         """``num_steps + 1`` timesteps from t to the last one, near to evenly spaced in log sigma."""

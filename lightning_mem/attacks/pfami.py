@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from lightning_mem.attacks.conditions import Rule
 from lightning_mem.attacks.loss_scores import reconstruction_losses
 from lightning_mem.attacks.membership import AbstractMembership
+from lightning_mem.data.datamodule import BLOCK
 from lightning_mem.diffusion import ScoreTerm, Target
 from lightning_mem.diffusion.additions import AbstractAddition
 from lightning_mem.evaluation import Workers
@@ -38,6 +39,7 @@ class PFAMI(AbstractMembership):
         curve: Timesteps of ``auc_curve``; null for none.
         noise_seed: Of noise and split; null takes ``seed_everything``.
         condition: Of text-to-image models; see :class:`AbstractMembership`.
+        block: Images of a network call; see :class:`AbstractMembership`.
 
     Raises:
         ValueError: If a number is out of range, or the protection does not belong to the target.
@@ -71,8 +73,9 @@ class PFAMI(AbstractMembership):
         curve: list[int] | None = None,
         noise_seed: int | None = None,
         condition: Rule | None = None,
+        block: int = BLOCK,
     ) -> None:
-        super().__init__(protection, setting, timesteps, candidates, curve, noise_seed, condition)
+        super().__init__(protection, setting, timesteps, candidates, curve, noise_seed, condition, block)
         self.zooms = torch.linspace(0.95, 0.7, 10).double().tolist() if zooms is None else list(zooms)
         if not self.zooms or not all(0 < share < 1 for share in self.zooms):
             raise ValueError(f"zooms must be at least one share in (0, 1), got {zooms}")
@@ -108,7 +111,7 @@ class PFAMI(AbstractMembership):
         def losses(view: Tensor) -> dict[str, Tensor]:
             return reconstruction_losses(
                 target, view, asked, arms, seed=self.seed, name=name, num_draws=self.num_draws, workers=workers,
-                condition=self.conditions.of(target, name),
+                condition=self.conditions.of(target, name), block=self.block,
             )  # fmt: skip
 
         whole = losses(images)

@@ -9,6 +9,7 @@ from torch import Tensor
 from lightning_mem.attacks.conditions import Rule
 from lightning_mem.attacks.membership import AbstractMembership
 from lightning_mem.attacks.query import Query, ask_images
+from lightning_mem.data.datamodule import BLOCK
 from lightning_mem.diffusion import ScoreTerm, Target
 from lightning_mem.diffusion.additions import AbstractAddition
 from lightning_mem.evaluation import Workers
@@ -32,6 +33,7 @@ class SimA(AbstractMembership):
         curve: Timesteps of ``auc_curve``; null for none.
         noise_seed: Of the split; null takes ``seed_everything``.
         condition: Of text-to-image models; see :class:`AbstractMembership`.
+        block: Images of a network call; see :class:`AbstractMembership`.
 
     Raises:
         ValueError: If a number is out of range, or the protection does not belong to the target.
@@ -64,8 +66,9 @@ class SimA(AbstractMembership):
         curve: list[int] | None = None,
         noise_seed: int | None = None,
         condition: Rule | None = None,
+        block: int = BLOCK,
     ) -> None:
-        super().__init__(protection, setting, timesteps, candidates, curve, noise_seed, condition)
+        super().__init__(protection, setting, timesteps, candidates, curve, noise_seed, condition, block)
         if not power > 0:
             raise ValueError(f"power must be positive, got {power}")
         self.power = power
@@ -84,7 +87,7 @@ class SimA(AbstractMembership):
     ) -> dict[str, Tensor]:
         """S; see :class:`AbstractMembership`."""
         asked = self.conditions.of(target, name)
-        return ask_images(target, images, arms, self.errors, workers, f"{self.title} on {name}", asked)
+        return ask_images(target, images, arms, self.errors, workers, f"{self.title} on {name}", asked, self.block)
 
     def errors(self, query: Query, x0: Tensor, rows: Tensor) -> Tensor:
         """S of a block, float64 [B, T]."""
