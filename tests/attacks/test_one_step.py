@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from pair import on_two
 from rich.console import Console
 from stable_diffusion import save_pipeline
 from torch import Tensor
@@ -17,6 +18,7 @@ from lightning_mem.attacks import OneStepExtraction, one_step_scores
 from lightning_mem.attacks import one_step as one_step_module
 from lightning_mem.attacks.one_step import edges, one_step
 from lightning_mem.diffusion import DiffusionProcess, EmpiricalDenoiser, Target
+from lightning_mem.evaluation import Scene
 from lightning_mem.modules import load_target
 from lightning_mem.randomness import generator
 
@@ -69,6 +71,18 @@ def test_scores_are_those_of_the_definition_for_any_company_and_block() -> None:
     for word, own in found.items():
         torch.testing.assert_close(alone[word][0], own[1], atol=1e-6, rtol=1e-5)
         torch.testing.assert_close(many[word][[4, 2]], own, atol=1e-6, rtol=1e-5)
+
+
+def test_two_processes_give_the_scores_of_one() -> None:
+    scene = scene_of(labelled(), patterns(2), patterns(2, 1))
+    prompts = ["1", "4", "6"]
+
+    def work(own: Scene) -> dict[str, Tensor]:
+        return one_step_scores(own.target, prompts, num_generations=3, block=4, workers=own.workers)
+
+    alone = one_step_scores(scene.target, prompts, num_generations=3, block=4)
+    for found in on_two(scene, work):
+        assert all(torch.equal(found[word], own) for word, own in alone.items())
 
 
 def test_edges_that_only_some_noises_show_do_not_count() -> None:

@@ -12,6 +12,7 @@ import networkx as nx
 import pytest
 import torch
 from oracles import MixtureDenoiser
+from pair import on_two
 from rich.console import Console
 from torch import Tensor
 from victim import patterns, scene_of
@@ -268,6 +269,24 @@ def test_a_stopped_attack_goes_on_with_the_prompt_it_was_at(monkeypatch: pytest.
     assert before == {path: path.read_bytes() for path in Path("results").glob("samples/prompts/*")}
     with pytest.raises(ValueError, match="holds another draw .* choose another --out"):
         PromptedExtraction(**{**options, "num_steps": 5}).run(planted_scene())
+
+
+def test_two_processes_share_every_prompt_and_get_the_records_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {**OPTIONS, "prompts": ["b", "few"], "num_generations": 150, "clique_size": 5, "pictures": 0}
+    alone = PromptedExtraction(**options).run(planted_scene("alone"))
+    drawn: list[int] = []
+    original = prompted.sample
+
+    def draw(target: Target, rows: Tensor, **given: Any) -> Tensor:
+        drawn.append(len(rows))
+        return original(target, rows, **given)
+
+    monkeypatch.setattr(prompted, "sample", draw)
+    found = on_two(planted_scene("together"), PromptedExtraction(**options).run)
+    assert told(found[0]) == told(found[1]) == told(alone)
+    assert sorted(drawn) == [22] * 3 + [64] * 9  # three prompts of three blocks: each process two, the last one twice
+    rows = [Path(folder, "tables/prompts.csv").read_text() for folder in ("alone", "together")]
+    assert rows[0] == rows[1]
 
 
 def test_training_images_are_not_read_where_nothing_is_verified() -> None:
