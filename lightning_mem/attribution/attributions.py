@@ -99,7 +99,7 @@ class Attributions(AbstractExplanation):
         methods: list[AbstractAttribution],
         queries: QueryOptions | None = None,
         top: int = 5,
-        pictures: int = 12,
+        pictures: int = 9,
         threshold: float = 1 / 3,
     ) -> None:
         check_names(methods)

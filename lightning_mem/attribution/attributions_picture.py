@@ -63,7 +63,7 @@ def draw_explained(found: "Explained", top: int, count: int, path: Path) -> None
                 right = left + rank * CELL
                 _tile(axes, found.reference.members[place], right, down)
                 said = f"{float(found.rms[query, place]):.3f}" if line == 1 else f"#{_index(found, place)}"
-                axes.text(right + 0.5, down + 1.02, said, fontsize=5, ha="center", va="top", color="dimgray")
+                axes.text(right + 0.5, down + 1.06, said, fontsize=5, ha="center", va="top", color="dimgray")
                 if found.groups[place] == found.groups[found.source[query]]:
                     frame = Rectangle((right, down), 1, 1, fill=False, edgecolor="crimson", linewidth=2)
                     axes.add_patch(frame)

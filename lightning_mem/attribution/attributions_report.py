@@ -13,7 +13,7 @@ from torch import Tensor
 from lightning_mem.attribution.asking import Scores
 from lightning_mem.attribution.attributions_picture import draw_explained
 from lightning_mem.attribution.base import Queries
-from lightning_mem.attribution.datamodeling_report import cost_numbers
+from lightning_mem.attribution.costs import COSTS, cost_numbers, rounded, shortly
 from lightning_mem.evaluation import Number, Reference, Scene
 from lightning_mem.evaluation.numbers import absent, share
 from lightning_mem.evaluation.table import LOOK, write_rows
@@ -62,10 +62,8 @@ class Explained:
         """Share of the copies whose source stands among the first ``places`` of a random order."""
         total = len(self.groups)
         sizes = (self.groups == self.groups[self.source[self.copied]][:, None]).sum(1).tolist()
-        missed = [
-            math.comb(total - size, places) / math.comb(total, places) if places <= total else 0 for size in sizes
-        ]
-        return 1 - math.fsum(missed) / len(missed)
+        missed = sum(math.comb(total - size, places) for size in sizes)
+        return 1 - missed / (len(sizes) * math.comb(total, min(places, total)))
 
     def numbers(self) -> list[Number]:
         """Planted truth and costs of every method."""
@@ -105,7 +103,7 @@ def write_explained(scene: Scene, found: Explained, top: int, pictures: int) -> 
 
 def top_rows(found: Explained, ledger: Mapping[int, Mapping[str, str]], top: int) -> Iterator[dict[str, Any]]:
     """The first training images of every query by every method, beside their rows of the ledger."""
-    by_distance = found.rms.argsort(1, stable=True).argsort(1) + 1
+    by_distance = found.rms.argsort(dim=1, stable=True).argsort(1) + 1
     for name, scores in found.scores.items():
         for query, order in enumerate(first_images(scores.values, top).tolist()):
             for rank, place in enumerate(order, start=1):
@@ -145,7 +143,7 @@ def image_rows(found: Explained, ledger: Mapping[int, Mapping[str, str]]) -> Ite
 
 def first_images(scores: Tensor, top: int) -> Tensor:
     """Places of the largest scores, int64 [Q, top]; of equal ones the lower place, fewer where there are fewer."""
-    return scores.argsort(1, descending=True, stable=True)[:, :top]
+    return scores.argsort(dim=1, descending=True, stable=True)[:, :top]
 
 
 def explained_table(records: Sequence[Record]) -> Table:
@@ -154,32 +152,21 @@ def explained_table(records: Sequence[Record]) -> Table:
     caption = ""
     if first is not None:
         about = first.definition
-        caption = f"of {about['num_queries']} queries ({about['queries']}), {first.n} are copies by the 1/3 rule"
-        caption += f"; by chance {about['chance']:.3f} of their sources come first" if first.n else ""
+        caption = (
+            f"of {about['num_queries']} queries ({about['queries']}), {first.n} are copies by the rule of nearest "
+        )
+        caption += "neighbours; first, in five, rank: where their source stands by the method (median rank)"
+        caption += f"; by chance {about['chance']:.3f} come first" if first.n else ""
     table = Table(title="attributions", title_justify="left", title_style="bold", caption=caption, **LOOK)
     table.caption_justify = "left"
-    headings = ("method", "source first", "among five", "median rank", "gradients", "trainings", "seconds", "MB")
-    for heading in headings:
-        table.add_column(heading, justify="left" if heading == "method" else "right", no_wrap=True)
     rows: dict[str, dict[str, Record]] = {}
     for record in records:
         _, method, what = record.name.split("/", 2)
         rows.setdefault(method, {})[what] = record
+    costs = [(kind, word, unit) for kind, word, unit in COSTS if any(kind in own for own in rows.values())]
+    for heading in ("method", "first", "in five", "rank", *(word for _, word, _ in costs)):
+        table.add_column(heading, justify="left" if heading == "method" else "right", no_wrap=True)
     for method, own in rows.items():
-        shares = [_share(own.get(what)) for what in ("source_first", "source_first_five")]
-        counts = (("source_rank", 1), ("gradients", 1), ("trainings", 1), ("seconds", 1), ("bytes", 1e6))
-        table.add_row(method, *shares, *(_count(own.get(what), scale) for what, scale in counts))
+        shares = [shortly(own.get(what)) for what in ("source_first", "source_first_five")]
+        table.add_row(method, *shares, rounded(own.get("source_rank")), *(rounded(own.get(k), u) for k, _, u in costs))
     return table
-
-
-def _share(record: Record | None) -> str:
-    if record is None or record.value is None:
-        return "none"
-    return f"{record.value:.2f} [{record.low:.2f}, {record.high:.2f}]"
-
-
-def _count(record: Record | None, scale: float) -> str:
-    if record is None or record.value is None:
-        return ""
-    value = record.value / scale
-    return f"{value:g}" if value == round(value) else f"{value:.2f}"

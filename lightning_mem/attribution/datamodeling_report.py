@@ -11,14 +11,12 @@ from matplotlib.figure import Figure
 from rich.table import Table
 from torch import Tensor
 
+from lightning_mem.attribution.costs import COSTS, cost_numbers, rounded, shortly
 from lightning_mem.evaluation import Number
 from lightning_mem.evaluation.table import LOOK
 from lightning_mem.metrics import DatamodelingComparison, rank_correlation
 from lightning_mem.metrics.datamodeling import BOOTSTRAP
 from lightning_mem.records import Record, atomic_write
-
-UNITS = {"seconds": "seconds", "bytes": "bytes", "gradients": "gradients", "trainings": "trainings"}
-"""Units of costs, by their names; others are plain counts."""
 
 
 @dataclass(frozen=True)
@@ -108,13 +106,6 @@ def ceiling(reliability: float) -> float:
     return math.sqrt(2 * r / (1 + r))
 
 
-def cost_numbers(name: str, cost: Mapping[str, float], about: Mapping[str, Any]) -> list[Number]:
-    """What a method took, one number a kind of cost."""
-    return [
-        Number(f"{name}/{kind}", value, 1, dict(about), None, UNITS.get(kind, "count")) for kind, value in cost.items()
-    ]
-
-
 def write_datamodeling(folder: Path, judged: Sequence[Judged]) -> None:
     """``tables/datamodeling.csv``, the score of every method for every query, and ``images/datamodeling.png``."""
     with atomic_write(folder / "tables" / "datamodeling.csv") as file:
@@ -167,36 +158,41 @@ def datamodeling_table(records: Sequence[Record]) -> Table:
     )
     table = Table(title="linear datamodeling score", title_justify="left", title_style="bold", caption=caption, **LOOK)
     table.caption_justify = "left"
-    for heading in ("queries", "method", "lds", "to best other", "to random", "gradients", "seconds", "MB"):
-        table.add_column(heading, justify="left" if heading in ("queries", "method") else "right", no_wrap=True)
-    rows: dict[tuple[str, str], dict[str, Record]] = {}
-    for record in records:
-        _, method, what = record.name.split("/", 2)
-        key = what
-        if what == "lds_difference":
-            key = "to random" if record.definition["other"] == "random" else "to best"
-        rows.setdefault((str(record.definition["queries"]), method), {})[key] = record
-    for (kind, method), own in rows.items():
-        if "lds" not in own:
-            continue
-        costs = [_count(own.get(what), scale) for what, scale in (("gradients", 1), ("seconds", 1), ("bytes", 1e6))]
-        differences = [_difference(own.get(key)) for key in ("to best", "to random")]
-        table.add_row(kind, method, _ends(own["lds"]), *differences, *costs)
-        if "lds_ceiling" in own:
-            table.add_row(kind, "ceiling, about", _ends(own["lds_ceiling"]))
+    headings, rows = _cells(records)
+    for heading in headings:
+        table.add_column(heading, justify="left" if heading in headings[:2] else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
     return table
 
 
-def _ends(record: Record) -> str:
-    return f"{record.value:.3f} [{record.low:.2f}, {record.high:.2f}]"
+def datamodeling_lines(records: Sequence[Record]) -> str:
+    """The same table in Markdown."""
+    headings, rows = _cells(records)
+    lines = [headings, ["---"] * len(headings), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n"
+
+
+def _cells(records: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
+    """Headings and rows."""
+    found: dict[tuple[str, str], dict[str, Record]] = {}
+    for record in records:
+        _, method, what = record.name.split("/", 2)
+        if what == "lds_difference":
+            what = "to random" if record.definition["other"] == "random" else "to best"
+        found.setdefault((str(record.definition["queries"]), method), {})[what] = record
+    costs = [(kind, word, unit) for kind, word, unit in COSTS if any(kind in own for own in found.values())]
+    rows = []
+    for (kind, method), own in found.items():
+        if "lds" in own:
+            chance = own.get("to random")
+            differences = [_difference(one) for one in (own.get("to best", chance), chance)]
+            spent = [rounded(own.get(cost), unit) for cost, _, unit in costs]
+            rows.append([kind, method, shortly(own["lds"]), *differences, *spent])
+        if "lds_ceiling" in own:
+            rows.append([kind, "ceiling, about", shortly(own["lds_ceiling"]), *[""] * (2 + len(costs))])
+    return ["queries", "method", "lds", "to best", "to random", *(word for _, word, _ in costs)], rows
 
 
 def _difference(record: Record | None) -> str:
     return "" if record is None else f"{record.value:+.2f}{'*' if record.definition['claimed'] else ''}"
-
-
-def _count(record: Record | None, scale: float) -> str:
-    if record is None or record.value is None:
-        return ""
-    value = record.value / scale
-    return f"{value:.1f}" if value < 100 else f"{value:,.0f}"

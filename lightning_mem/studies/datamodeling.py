@@ -1,11 +1,13 @@
 """The linear datamodeling score: does an attribution foresee what models trained on halves of a pool become?"""
 
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from lightning_mem.attribution.datamodeling_report import datamodeling_lines
 from lightning_mem.data.plan import Row, merge
 from lightning_mem.records import Record
 from lightning_mem.studies.base import AbstractStudy, Run, Settings
@@ -112,5 +114,13 @@ class DatamodelingStudy(AbstractStudy):
         return merge(own, parents)
 
     def report(self, runs: Sequence[Run], folder: Path) -> list[Record]:
-        """The records of the last row, once it is there."""
-        return [record for run in runs if run.row.kind == "attribution" for record in run.records]
+        """The records of the last row, once it is there; writes ``datamodeling.md`` and a picture, prints the table."""
+        (done,) = [run for run in runs if run.row.kind == "attribution"] or [None]
+        if done is None:
+            print(f"{len(runs)} models are trained; the scores need all of them")
+            return []
+        table = datamodeling_lines(done.records)
+        (folder / "datamodeling.md").write_text(table)
+        shutil.copyfile(done.folder / "images" / "datamodeling.png", folder / "datamodeling.png")
+        print(f"{table}\nopen {folder / 'datamodeling.png'}, datamodeling.md and results.jsonl there")
+        return done.records
