@@ -205,14 +205,16 @@ class EnsembleStudy(AbstractStudy):
         self._draw(ensemble, exact[0], images, units, folder / "images" / f"counterfactuals_seed{seed}.png")
         step = int(run.config["trainer"]["max_steps"])
         weights = ensemble.members[0].weights
-        return [
-            Record(
-                f"attribution/ensemble/{number.name}", number.value, number.n, step,
-                *(number.interval or (None, None)), weights, seed, number.unit, 0.0, number.definition,
-                data.members.digest, "", folder.name,
-            )
-            for number in numbers
-        ]  # fmt: skip
+        records = []
+        for number in numbers:
+            low, high = number.interval or (None, None)
+            records.append(
+                Record(
+                    f"attribution/ensemble/{number.name}", number.value, number.n, step, low, high, weights, seed,
+                    number.unit, 0.0, number.definition, data.members.digest, run=folder.name,
+                )
+            )  # fmt: skip
+        return records
 
     def _kept(
         self, file: Path, identity: str, make: Make, ensemble: Ensemble, images: Tensor, units: Tensor
