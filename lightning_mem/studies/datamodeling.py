@@ -115,7 +115,7 @@ class DatamodelingStudy(AbstractStudy):
 
     def report(self, runs: Sequence[Run], folder: Path) -> list[Record]:
         """The records of the last row, once it is there; writes ``datamodeling.md`` and a picture, prints the table."""
-        (done,) = [run for run in runs if run.row.kind == "attribution"] or [None]
+        done = next((run for run in runs if run.row.kind == "attribution"), None)
         if done is None:
             print(f"{len(runs)} models are trained; the scores need all of them")
             return []
