@@ -66,7 +66,7 @@ class CSVSource(AbstractSource):
     def _path(self, row: dict[str, str]) -> Path:
         return Path(self.path).parent / row[FILE]
 
-    def file(self, index: int) -> Path:
+    def path_of(self, index: int) -> Path:
         """The file that image ``index`` is read from."""
         return self._path(self._rows[self._checked(index)])
 
@@ -75,7 +75,7 @@ class CSVSource(AbstractSource):
 
     def read(self, index: int, image_size: int, channels: int) -> np.ndarray:
         """One image; see :meth:`AbstractSource.read`."""
-        return fit_image(read_image(self.file(index)), image_size, channels)
+        return fit_image(read_image(self.path_of(index)), image_size, channels)
 
     @property
     def num_classes(self) -> int | None:

@@ -195,8 +195,10 @@ class MemorizationDataModule(LightningDataModule):
         }  # fmt: skip
         if isinstance(self.source, ListedSource):
             return listed_split(self.source, num_heldout=self.num_heldout, **options)
-        files = {"members": self.members_file, "heldout": self.heldout_file}
-        members, heldout, passed_over = draw_split(self.source, num_heldout=self.num_heldout or 0, **files, **options)
+        members, heldout, passed_over = draw_split(
+            self.source, num_heldout=self.num_heldout or 0, members=self.members_file, heldout=self.heldout_file,
+            **options,
+        )  # fmt: skip
         if passed_over:
             rank_zero_info(f"{passed_over} images equal a member pixel for pixel and cannot be held out: passed over")
         return members, heldout

@@ -118,7 +118,7 @@ class FolderSource(AbstractSource):
             raise ValueError(f"{root} holds no image: found {found}; legal are {' '.join(IMAGE_SUFFIXES)}")
         return images
 
-    def file(self, index: int) -> Path:
+    def path_of(self, index: int) -> Path:
         """The file that image ``index`` is read from."""
         return Path(self.path) / self._files[self._checked(index)]
 
@@ -127,7 +127,7 @@ class FolderSource(AbstractSource):
 
     def read(self, index: int, image_size: int, channels: int) -> np.ndarray:
         """One image; see :meth:`AbstractSource.read`."""
-        return fit_image(read_image(self.file(index)), image_size, channels)
+        return fit_image(read_image(self.path_of(index)), image_size, channels)
 
     def labels(self) -> np.ndarray | None:
         """Number of each image's first subfolder, int64 [N]; None when an image lies outside any subfolder."""

@@ -87,10 +87,10 @@ class ListedSource(AbstractSource):
         part, place = self._within(index)
         return part.read(place, image_size, channels)
 
-    def file(self, index: int) -> Path | None:
+    def path_of(self, index: int) -> Path | None:
         """Of the list that the image stands in."""
         part, place = self._within(index)
-        return part.file(place)
+        return part.path_of(place)
 
     def size(self, index: int) -> tuple[int, int] | None:
         """Of the list that the image stands in."""

@@ -78,6 +78,6 @@ class PoolSource(AbstractSource):
         found = self.source.captions()
         return None if found is None else [found[place] for place in self.places.tolist()]
 
-    def file(self, index: int) -> Path | None:
+    def path_of(self, index: int) -> Path | None:
         """The source's."""
-        return self.source.file(int(self.places[self._checked(index)]))
+        return self.source.path_of(int(self.places[self._checked(index)]))

@@ -121,13 +121,13 @@ class AbstractSource(ABC):
         """What each image is captioned; None when there are no captions."""
         return None
 
-    def file(self, index: int) -> Path | None:
+    def path_of(self, index: int) -> Path | None:
         """The file that image ``index`` is read from; None when images are no files."""
         return None
 
     def size(self, index: int) -> tuple[int, int] | None:
         """Short and long side of an image as it is stored; of a file only the header is read. None where unknown."""
-        file = self.file(index)
+        file = self.path_of(index)
         if file is None:
             return None
         with Image.open(file) as image:
@@ -135,7 +135,7 @@ class AbstractSource(ABC):
 
     def where(self, index: int) -> str:
         """What a message calls an image: its file, or its place."""
-        return str(self.file(index) or f"image {index} of {self.name}")
+        return str(self.path_of(index) or f"image {index} of {self.name}")
 
     def describe(self) -> str:
         """One line for the start of a run: what it is, how many images, how many true labels."""

@@ -74,7 +74,7 @@ def shape_of(path: str | Path) -> tuple[int, ...]:
     """(C, H, W) of samples; of a folder, that of its first image."""
     path = Path(path)
     if path.is_dir() and not is_run(path):
-        image = read_image(FolderSource(str(path)).file(0))
+        image = read_image(FolderSource(str(path)).path_of(0))
         return (3 if image.mode == "RGB" else 1, image.height, image.width)
     return tuple(read_samples(path).images.shape[1:])
 
@@ -108,7 +108,7 @@ def read_stack(path: str | Path, shape: tuple[int, ...] | None = None) -> Tensor
 
 def _files(source: FolderSource | CSVSource, shape: tuple[int, ...] | None) -> Tensor:
     def read(number: int) -> np.ndarray:
-        image = read_image(source.file(number))
+        image = read_image(source.path_of(number))
         if shape is not None:
             return fit_image(image, shape[1], shape[0])
         pixels = np.asarray(image)
@@ -120,7 +120,7 @@ def _files(source: FolderSource | CSVSource, shape: tuple[int, ...] | None) -> T
     sizes = {image.shape[1:] for image in found}
     if len(sizes) > 1:
         first = {size: next(n for n, image in enumerate(found) if image.shape[1:] == size) for size in sizes}
-        shown = ", ".join(f"{source.file(n)} is {size[0]} x {size[1]}" for size, n in sorted(first.items())[:3])
+        shown = ", ".join(f"{source.path_of(n)} is {size[0]} x {size[1]}" for size, n in sorted(first.items())[:3])
         raise ValueError(
             f"{source.path} holds images of {len(sizes)} sizes ({shown}): make them equal, or let --resize true do so"
         )

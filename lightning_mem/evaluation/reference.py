@@ -21,7 +21,7 @@ def _no_captions() -> None:
 
 def files_of(source: AbstractSource) -> Callable[[int], str]:
     """File of an image by its place in a source; empty where images are no files."""
-    return lambda index: str(source.file(index) or "")
+    return lambda index: str(source.path_of(index) or "")
 
 
 @dataclass(frozen=True)

@@ -136,7 +136,7 @@ def test_subfolders_are_labels_in_sorted_order(tmp_path):
     assert source.classes == ("ant", "cat", "dog")
     assert source.labels().tolist() == [0, 1, 1, 2]
     assert source.labels().dtype == np.int64
-    assert [source.file(i).relative_to(tmp_path).as_posix() for i in range(4)] == [
+    assert [source.path_of(i).relative_to(tmp_path).as_posix() for i in range(4)] == [
         "ant/5.png", "cat/1.png", "cat/deep/er/9.png", "dog/2.png",
     ]  # fmt: skip
     assert source.name == f"folder:{tmp_path.name}"
@@ -172,7 +172,7 @@ def test_order_and_labels_do_not_depend_on_the_order_of_creation(names, seed):
                 path.with_name(path.name + "_.png").touch()
             source = FolderSource(os.path.join(folder, "root"))
             labels = source.labels()
-            files = [source.file(i).relative_to(folder).as_posix() for i in range(len(source))]
+            files = [source.path_of(i).relative_to(folder).as_posix() for i in range(len(source))]
             seen.append((files, None if labels is None else labels.tolist()))
             assert files == sorted(files)
             assert len(files) == len(names)
@@ -185,7 +185,7 @@ def test_hidden_and_other_files_are_ignored(tmp_path):
     (tmp_path / "notes.txt").write_text("x")
     source = FolderSource(str(tmp_path))
     assert len(source) == 1
-    assert source.file(0).name == "a.png"
+    assert source.path_of(0).name == "a.png"
 
 
 def test_links_are_followed_and_a_loop_is_named(tmp_path):
@@ -228,6 +228,6 @@ def test_a_text_file_with_an_image_suffix_and_a_file_that_went_away_are_named(tm
     source = FolderSource(str(tmp_path))
     with pytest.raises(ValueError, match=r"page\.jpg cannot be read as an image"):
         source.read(0, 8, 3)
-    source.file(1).unlink()
+    source.path_of(1).unlink()
     with pytest.raises(ValueError, match=r"z\.png .*No such file"):
         source.read(1, 8, 3)

@@ -122,7 +122,7 @@ def test_subfolders_of_heldout_images_are_the_classes_of_the_members() -> None:
     own = folder("own", MEMBERS, ("ant", "bee", "cat"))
     data = module(own, folder("other", HELDOUT, ("cat", "bee")), labels="true")
     assert data.heldout.labels is not None
-    names = [path.parent.name for path in (data.source.file(i) for i in data.heldout.indices.tolist()) if path]
+    names = [path.parent.name for path in (data.source.path_of(i) for i in data.heldout.indices.tolist()) if path]
     assert [("ant", "bee", "cat")[label] for label in data.heldout.labels.tolist()] == names
     assert data.source.num_classes == 3
     with pytest.raises(ValueError, match=r"subfolders dog, which own has not \(ant, bee, cat\)"):
@@ -179,7 +179,7 @@ def test_what_is_no_list_is_refused() -> None:
 def test_lists_hold_the_same_pixels_in_colour_and_the_files_they_came_from() -> None:
     source = ListedSource(table("own.csv", MEMBERS), listed("array", "other", HELDOUT))
     np.testing.assert_array_equal(source.read(0, 8, 3), MEMBERS[6].repeat(3, 2).transpose(2, 0, 1))
-    assert source.file(0) == Path("own_images/06.png")
-    assert source.file(8) is None
+    assert source.path_of(0) == Path("own_images/06.png")
+    assert source.path_of(8) is None
     with pytest.raises(IndexError, match="got index 12"):
         source.read(12, 8, 1)

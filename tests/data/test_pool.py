@@ -1,9 +1,12 @@
 """A pool: the same images for every half split of it, each with half of them held out."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
+from PIL import Image
 
-from lightning_mem.data import DigitsSource, MemorizationDataModule, PoolSource
+from lightning_mem.data import CSVSource, DigitsSource, MemorizationDataModule, PoolSource
 
 
 def test_half_splits_of_a_pool_are_drawn_by_the_seed_of_the_data_and_cover_it() -> None:
@@ -35,6 +38,18 @@ def test_a_pool_shows_the_images_and_labels_of_its_source() -> None:
     assert "pool of 40" in pool.name
     with pytest.raises(IndexError, match="got index 40"):
         pool.read(40, 8, 1)
+
+
+def test_a_pool_of_files_knows_their_captions_and_paths() -> None:
+    Image.fromarray(np.zeros((4, 4), np.uint8)).save("a.png")
+    Image.fromarray(np.ones((4, 4), np.uint8)).save("b.png")
+    Image.fromarray(np.full((4, 4), 2, np.uint8)).save("c.png")
+    Path("list.csv").write_text("file,caption\nc.png,see\na.png,eh\nb.png,be\n")
+    pool = PoolSource(CSVSource("list.csv"), 2, seed=0)
+    spoken = {"a.png": "eh", "b.png": "be", "c.png": "see"}
+    assert pool.captions() == [spoken[str(pool.path_of(place))] for place in range(2)]
+    assert pool.size(0) == (4, 4)
+    assert PoolSource(DigitsSource(), 4).captions() is None
 
 
 def test_a_pool_that_cannot_be_drawn_is_refused() -> None:
