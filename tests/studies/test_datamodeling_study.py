@@ -4,16 +4,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
 from tiny_study import TINY, write_run
+from untrained import write_untrained
 
 from lightning_mem.cli import run
 from lightning_mem.data import DigitsSource, MemorizationDataModule
 from lightning_mem.data.pool import PoolSource
-from lightning_mem.modules import DenoiserModule
-from lightning_mem.modules.base import META
-from lightning_mem.networks import UNetConfig
 from lightning_mem.records import read_records
 from lightning_mem.studies import DatamodelingStudy, MembershipStudy, ReadConfig, Settings, runner
 from lightning_mem.studies.recipe import deciding
@@ -48,16 +45,6 @@ def study(**changes: Any) -> DatamodelingStudy:
     recipe: dict[str, Any] = {key: [at[key]] for key in ("pool", "subset", "whole")}
     own = {"config": [str(TINY)], **recipe, "attribution": [at["scores"]], "subsets": 3}
     return DatamodelingStudy(**{**own, **changes})
-
-
-def write_untrained(folder: Path, seed: int) -> None:
-    """A checkpoint of the tiny run's network as it begins."""
-    torch.manual_seed(seed)
-    module = DenoiserModule(network=UNetConfig((8,), norm_num_groups=4, mid_attention=False))
-    meta = {"module": "DenoiserModule", "seed": 0, "step": 0, "members_digest": "", "num_members": 0}
-    (folder / "checkpoints").mkdir(parents=True)
-    checkpoint = {META: meta | module.checkpoint_meta(), "state_dict": module.state_dict()}
-    torch.save(checkpoint, folder / "checkpoints" / "last.ckpt")
 
 
 def settings_of(study: Any, row: Any, read_config: ReadConfig) -> dict[str, Any]:
