@@ -65,6 +65,27 @@ def test_unequal_samplers_are_not_compared(script: ModuleType, tmp_path: Path, m
         script.main(["--steps", "2", "--batch_size", "2", "--num_samples", "2", "--out", str(tmp_path / "x.jsonl")])
 
 
+@pytest.mark.parametrize("script", ["gradients"], indirect=True)
+def test_gradients_are_timed_against_both_peers_once_they_agree(
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "x.jsonl"
+    given = ["--pairs", "2", "--num_images", "2", "--num_timesteps", "2", "--out", str(out)]
+    script.main(given)
+    records = {record.name: record for record in read_records(out)}
+    assert sorted(records) == sorted(
+        f"time/gradients_{peer}/{side}" for peer in ("loop", "unbatched") for side in ("ours", "peer", "ratio")
+    )
+    for record in records.values():
+        assert record.value > 0
+        assert record.definition["disagreement"] < 1e-4
+    monkeypatch.setattr(script.OneByOne, "unbatched", lambda self: 1.001 * self.loop())
+    with pytest.raises(SystemExit, match="the gradients disagree by 0.001 of the largest"):
+        script.main(given)
+    with pytest.raises(SystemExit, match="--num_timesteps must be at least 1"):
+        script.main(["--pairs", "0"])
+
+
 @pytest.mark.parametrize("script", ["neighbors"], indirect=True)
 def test_neighbours_are_compared_with_every_peer_and_checked(
     script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -147,18 +147,23 @@ class ImageGradients:
         own = () if labels is None else (labels.to(self.device),)
         # what is averaged inside one backward pass; a unit gradient is one timestep's
         size = 1 if self.unit else min(self.num_timesteps, max(1, self.calls_at_once // self.num_draws))
-        total = torch.zeros(len(images), self.num_weights, dtype=dtype, device=self.device)
+        parts = [times[start : start + size] for start in range(0, len(times), size)]
         with evaluation_mode(self.target.denoiser):
-            for some in (times[start : start + size] for start in range(0, len(times), size)):
-                eps = torch.stack([self._noise(key, some) for key in keys]).to(x0)
-                eps = eps.expand(len(x0), *eps.shape[1:])
-                at = torch.tensor(some, device=self.device).repeat_interleave(self.num_draws)
-                chunk = max(1, self.calls_at_once // len(at))
-                found = per_example_gradients(self.network, self._value(at), x0, eps, *own, chunk_size=chunk)
-                if self.unit:
-                    found = found / found.norm(dim=1, keepdim=True).clamp_min(torch.finfo(dtype).tiny)
-                total += found * (len(some) / len(times))
+            total = self._share(x0, keys, own, parts[0])
+            for some in parts[1:]:
+                total += self._share(x0, keys, own, some)
         return total
+
+    def _share(self, x0: Tensor, keys: list[str], own: tuple[Tensor, ...], times: list[int]) -> Tensor:
+        """What some timesteps add to the mean over all."""
+        eps = torch.stack([self._noise(key, times) for key in keys]).to(x0)
+        eps = eps.expand(len(x0), *eps.shape[1:])
+        at = torch.tensor(times, device=self.device).repeat_interleave(self.num_draws)
+        chunk = max(1, self.calls_at_once // len(at))
+        found = per_example_gradients(self.network, self._value(at), x0, eps, *own, chunk_size=chunk)
+        if self.unit:
+            found /= found.norm(dim=1, keepdim=True).clamp_min(torch.finfo(found.dtype).tiny)
+        return found if len(times) == self.num_timesteps else found.mul_(len(times) / self.num_timesteps)
 
     def _noise(self, key: str, times: list[int]) -> Tensor:
         """Draws of one image (of all, where the key is empty), [timesteps * R, C, H, W]."""

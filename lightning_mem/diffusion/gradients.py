@@ -12,11 +12,6 @@ Gradient = Mapping[str, Tensor]
 """Of one example, by the parameter's name."""
 
 
-def flat(gradient: Gradient) -> Tensor:
-    """All of a gradient as one vector [P], parameters in the network's order."""
-    return torch.cat([part.flatten() for part in gradient.values()])
-
-
 class _Called(nn.Module):
     """A function of a network as a module, so that the network can be called with other parameters."""
 
@@ -34,7 +29,7 @@ def per_example_gradients(
     value: Callable[..., Tensor],
     *rows: Tensor,
     chunk_size: int | None = None,
-    then: Callable[[Gradient], Tensor] = flat,
+    then: Callable[[Gradient], Tensor] | None = None,
 ) -> Tensor:
     r"""The gradient of every example's own value, :math:`\nabla_\theta f(\theta; x_i)`.
 
@@ -48,10 +43,10 @@ def per_example_gradients(
         rows: Tensors with B rows each.
         chunk_size: Examples that are differentiated together; null for all. Bounds the memory: each holds its
             activations and a gradient as large as the network.
-        then: What becomes of each example's gradient before the next chunk; by default it is kept, flat.
+        then: What becomes of each example's gradient before the next chunk; null keeps it, as one vector.
 
     Returns:
-        [B, ...], of what ``then`` gives.
+        [B, ...], of what ``then`` gives; [B, P] with null, parameters in the network's order.
 
     Raises:
         ValueError: If the network has no parameters, or chunk_size is not positive.
@@ -71,9 +66,20 @@ def per_example_gradients(
     def differentiated(values: dict[str, Tensor], *row: Tensor) -> Any:
         return functional_call(called, values, row)
 
-    def one(*row: Tensor) -> Tensor:
-        return then(grad(differentiated)(parameters, *row))
+    def one(*row: Tensor) -> Any:
+        gradient = grad(differentiated)(parameters, *row)
+        return gradient if then is None else then(gradient)
 
+    size = len(rows[0]) if chunk_size is None else chunk_size
+    chunks = zip(*(part.split(size) for part in rows), strict=True)
     with sdpa_kernel(SDPBackend.MATH):
-        found: Tensor = vmap(one, chunk_size=chunk_size)(*rows)
-    return found.detach()
+        if then is not None:
+            return torch.cat([vmap(one)(*chunk).detach() for chunk in chunks])
+        # written in place: gradients are large, and every further copy of them takes as long as a layer
+        first = next(iter(parameters.values()))
+        found = first.new_empty(len(rows[0]), sum(part.numel() for part in parameters.values()))
+        for place, chunk in zip(found.split(size), chunks, strict=True):
+            parts = place.split([part.numel() for part in parameters.values()], dim=1)
+            for own, part in zip(parts, vmap(one)(*chunk).values(), strict=True):
+                own.copy_(part.detach().flatten(1))
+    return found
