@@ -119,7 +119,7 @@ def test_a_stable_diffusion_type_model_is_audited_by_one_command(capsys: pytest.
 
 SMALL = {
     "num_samples: 4096": "num_samples: 70", "num_steps: 50": "num_steps: 2",
-    "num_inpaintings: 100": "num_inpaintings: 2\n          num_steps: 2", "kept: 10": "kept: 1",
+    "num_inpaintings: 100": "num_inpaintings: 2\n          num_steps: 2", "kept: 10": "kept: 1\n          pictures: 0",
     "num_draws: 10": "num_draws: 1\n          block: 4", "timesteps: [100]": "timesteps: [100]\n          block: 4",
     "timesteps: [200]": "timesteps: [200]\n          block: 4",
 }  # fmt: skip
