@@ -6,9 +6,18 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from closed_ensembles import closed_ensemble, random_images
+from jsonargparse import ArgumentParser
 
-from lightning_mem.attribution import EnsembleAblation, Queries, UnitCodes, ablation_losses, landscape
+from lightning_mem.attribution import (
+    AbstractExplanation,
+    EnsembleAblation,
+    Queries,
+    UnitCodes,
+    ablation_losses,
+    landscape,
+)
 from lightning_mem.attribution.losses import even_timesteps
 from lightning_mem.diffusion import DiffusionProcess, Target, sample
 from lightning_mem.evaluation import Reference, Scene
@@ -113,3 +122,13 @@ def test_targets_and_images_of_another_ensemble_are_refused(tmp_path: Path) -> N
         EnsembleAblation("x", score="distance")
     with pytest.raises(ValueError, match="num_timesteps and num_draws must be at least 1, got 0 and 4"):
         EnsembleAblation("x", num_timesteps=0)
+
+
+def test_the_shipped_configuration_names_the_ensemble_that_the_shipped_study_trains() -> None:
+    configs = Path(__file__).parent.parent.parent / "configs" / "digits"
+    own = yaml.safe_load((configs / "attributions" / "ensemble.yaml").read_text())
+    parser = ArgumentParser()
+    parser.add_argument("--attribution", type=AbstractExplanation)
+    found = parser.instantiate(parser.parse_object(own)).attribution
+    assert isinstance(found.methods[0], EnsembleAblation)
+    assert found.methods[0].path == yaml.safe_load((configs / "studies" / "ensembles.yaml").read_text())["folder"]
