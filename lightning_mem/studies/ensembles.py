@@ -185,21 +185,21 @@ class EnsembleStudy(AbstractStudy):
         seconds = exact[1]["seconds"], first_order[1]["seconds"]
         about = {
             "num_members": self.num_members, "ensemble_size": self.ensemble_size, "units": self.units,
-            "num_units": len(ensemble.codes.units), "num_samples": self.num_samples, "method": "exact ablation",
+            "num_units": len(ensemble.codes.units), "num_samples": self.num_samples,
             **{key: value for key, value in self.drawing.items() if key != "seed"}, "block": BLOCK,
             "sample_seed": self.drawing["seed"],
         }  # fmt: skip
-        forward = {**about, "method": "forward-mode derivative"}
+        ablated, forward = {**about, "method": "exact ablation"}, {**about, "method": "forward-mode derivative"}
         steps = self.drawing["num_steps"]
         numbers = [
-            *source_numbers(exact[0], about),
+            *source_numbers(exact[0], ablated),
             *source_numbers(first_order[0], forward),
-            *radius_numbers(exact[0], about),
-            *agreement_numbers(exact[0], first_order[0], about),
+            *radius_numbers(exact[0], ablated),
+            *agreement_numbers(exact[0], first_order[0], forward),
             *copy_numbers(ensemble, images, units, self.num_samples, about, **self.drawing),
             Number("trainings", self.ensemble_size, 1, about, None, "count"),
-            Number("evaluations", evaluations(ensemble, self.num_samples, steps), 1, about, None, "count"),
-            Number("seconds", round(seconds[0], 1), 1, about, None, "s"),
+            Number("evaluations", evaluations(ensemble, self.num_samples, steps), 1, ablated, None, "count"),
+            Number("seconds", round(seconds[0], 1), 1, ablated, None, "s"),
             Number("seconds", round(seconds[1], 1), 1, forward, None, "s"),
         ]
         self._draw(ensemble, exact[0], images, units, folder / "images" / f"counterfactuals_seed{seed}.png")
