@@ -13,6 +13,7 @@ from lightning_mem.studies.pooling import (
     seeds_interval,
 )
 from lightning_mem.studies.protection import ProtectionTable
+from lightning_mem.studies.removal import RemovalStudy
 from lightning_mem.studies.runner import study
 from lightning_mem.studies.shadows import MembershipStudy
 from lightning_mem.studies.side_sweep import SideSweep

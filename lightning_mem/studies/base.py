@@ -1,5 +1,8 @@
 """What a study is: rows to run, and what their records say together."""
 
+import shutil
+import tempfile
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -72,6 +75,7 @@ class AbstractStudy(ABC):
             raise ValueError(f"config must name at least one file of fit, and all must exist; missing: {missing}")
         self.config = config
         self.overrides = {} if overrides is None else overrides.values
+        self._aside: Path | None = None
 
     def files(self, row: Row) -> list[str]:
         """The recipe of a row: files of its verb, later ones over earlier ones."""
@@ -87,6 +91,18 @@ class AbstractStudy(ABC):
         """
         quiet = {"trainer": {"enable_progress_bar": False, "enable_model_summary": False}}
         return merge(merge(quiet, self.overrides), row.settings(folder))
+
+    def place(self, folder: str | Path) -> Path:
+        """Where files go that rows name, such as lists of images: the study's folder.
+
+        Where there is none yet (a dry run makes none), a folder that goes with this object.
+        """
+        if Path(folder).is_dir():
+            return Path(folder)
+        if self._aside is None:
+            self._aside = Path(tempfile.mkdtemp())
+            weakref.finalize(self, shutil.rmtree, self._aside, ignore_errors=True)
+        return self._aside
 
     @abstractmethod
     def rows(self) -> list[Row]:

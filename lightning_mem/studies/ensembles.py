@@ -2,10 +2,7 @@
 
 import json
 import math
-import shutil
-import tempfile
 import time
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -103,7 +100,6 @@ class EnsembleStudy(AbstractStudy):
         self.units, self.duplicates = units, duplicates
         self.drawing: dict[str, Any] = {"seed": sample_seed, "num_steps": num_steps, "sampler": sampler, "eta": eta}
         self._data: dict[int, MemorizationDataModule] = {}
-        self._aside: Path | None = None
 
     # --- rows ----------------------------------------------------------------------------------------------------
 
@@ -136,7 +132,7 @@ class EnsembleStudy(AbstractStudy):
 
     def settings(self, row: Row, folder: str | Path, needed: Mapping[str, Path]) -> dict[str, Any]:
         """With the file of the images that a member sees, which is written here; the manifest beside it."""
-        place = self._place(Path(folder))
+        place = self.place(folder)
         for seed in self.seeds:
             codes = self.codes(seed)
             if row.name in codes.members:
@@ -145,15 +141,6 @@ class EnsembleStudy(AbstractStudy):
                     json.dump(codes.seen_by(codes.members.index(row.name)), file)
         own = super().settings(row, folder, needed)
         return merge(own, {"data": {"members": str(place / str(row.members))}})
-
-    def _place(self, folder: Path) -> Path:
-        """The study's folder; where there is none yet (a dry run makes none), one that goes with this object."""
-        if folder.is_dir():
-            return folder
-        if self._aside is None:
-            self._aside = Path(tempfile.mkdtemp())
-            weakref.finalize(self, shutil.rmtree, self._aside, ignore_errors=True)
-        return self._aside
 
     # --- report --------------------------------------------------------------------------------------------------
 
