@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import ranks
 import torch
@@ -32,6 +33,7 @@ TRAINING += ["--trainer.val_check_interval", "20", "--trainer.log_every_n_steps"
 SAMPLING = ["--num_samples", "130", "--num_steps", "3"]
 PLAIN = Path("samples") / "last_ema_seed0_0-130.json"
 TINY_AUDIT = Path(__file__).parent / "tiny_audit.yaml"
+TINY_ATTRIBUTION = Path(__file__).parent / "tiny_attribution.yaml"
 ATTACKING = ["--config", str(TINY_ATTACK), "--attack.init_args.num_samples", "130"]
 
 
@@ -77,6 +79,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         run(command("sample", "measured1", *SAMPLING))
         run(command("attack", "measured1", *ATTACKING))
         run(command("attack", "measured1", "--config", str(TINY_AUDIT), "--out", str(folder / "audit1")))
+        run(command("attribute", "measured1", "--config", str(TINY_ATTRIBUTION)))
         run(classifier("surrogate1", TINY_SURROGATE))
         run(classifier("random_label1", TINY_RANDOM_LABEL))
         for name, file in protections(folder).items():
@@ -98,6 +101,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 command("sample", "measured2", *SAMPLING, *TWO),
                 command("attack", "measured2", *ATTACKING, *TWO),
                 command("attack", "measured2", "--config", str(TINY_AUDIT), "--out", str(folder / "audit2"), *TWO),
+                command("attribute", "measured2", "--config", str(TINY_ATTRIBUTION), *TWO),
                 classifier("surrogate2", TINY_SURROGATE, *TWO),
                 classifier("random_label2", TINY_RANDOM_LABEL, *TWO),
             ]
@@ -250,6 +254,19 @@ def test_every_other_attack_gives_the_same_records_on_two_processes(runs: Path) 
         for count in (1, 2)
     )
     assert {record["name"].split("/")[1] for record in one} >= {
-        "loss", "secmi", "pia", "gradient_norm", "extraction", "inpainting", "amg", "rejection",
+        "loss", "secmi", "pia", "gradient_norm", "sima", "pfami", "likelihood", "extraction", "inpainting", "amg",
+        "rejection",
     }  # fmt: skip
     assert one == two
+
+
+def test_attributions_on_two_processes_are_those_of_one(runs: Path) -> None:
+    one, two = (next((runs / folder / "attributions").iterdir()) for folder in ("measured1", "measured2"))
+    assert one.name == two.name
+    own, other = ([r for r in records(folder) if not r["name"].endswith("/seconds")] for folder in (one, two))
+    assert own == other
+    assert {record["name"].split("/")[1] for record in own} == {"d_trak", "pixels_l2", "random"}
+    scores = [dict(np.load(folder / "scores.npz")) for folder in (one, two)]
+    assert scores[0]["d_trak"].shape == (70, 20)
+    for name, values in scores[0].items():
+        np.testing.assert_array_equal(values, scores[1][name])
