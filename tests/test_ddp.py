@@ -254,7 +254,8 @@ def test_every_other_attack_gives_the_same_records_on_two_processes(runs: Path) 
         for count in (1, 2)
     )
     assert {record["name"].split("/")[1] for record in one} >= {
-        "loss", "secmi", "pia", "gradient_norm", "extraction", "inpainting", "amg", "rejection",
+        "loss", "secmi", "pia", "gradient_norm", "sima", "pfami", "likelihood", "extraction", "inpainting", "amg",
+        "rejection",
     }  # fmt: skip
     assert one == two
 
