@@ -12,6 +12,7 @@ from lightning_mem.attribution.base import Queries
 from lightning_mem.attribution.gradients import OUTPUTS, ImageGradients, OutputName, spaced_timesteps
 from lightning_mem.attribution.projection import ProjectionKind, RandomProjection, check_projection
 from lightning_mem.attribution.store import FeatureStore
+from lightning_mem.data.split import image_digest
 from lightning_mem.diffusion import Target
 from lightning_mem.diffusion.sampling import network_of
 from lightning_mem.evaluation import Scene
@@ -121,13 +122,22 @@ class GradientFeatures:
         images = reference.members[: len(reference.indices)]
         return self._filled("members", images, labels, reference.mirror)
 
-    def of_heldout(self, count: int) -> FeatureStore:
-        """Of at most ``count`` held-out images, in an addressed draw."""
+    def of_heldout(self, count: int, apart_from: Queries) -> FeatureStore:
+        """Of at most ``count`` held-out images that are no queries, in an addressed draw.
+
+        Raises:
+            ValueError: If there are none.
+        """
         reference = self.scene.reference()
-        labels = None if reference.labels is None else reference.labels[1]
         images = reference.heldout[: len(reference.heldout) // (2 if reference.mirror else 1)]
-        rows = reference.cut(images, "attribution", count)
-        return self._filled("heldout", images[rows], None if labels is None else labels[rows], False)
+        asked = {image_digest(image) for image in apart_from.images.cpu().numpy()}
+        left = [row for row, image in enumerate(images.numpy()) if image_digest(image) not in asked]
+        if not left:
+            raise ValueError("lam is chosen on held-out images that are no queries, and there are none: give lam")
+        rows = torch.tensor(left)
+        rows = rows[reference.cut(rows, "attribution", count)]
+        labels = None if reference.labels is None else reference.labels[1][rows]
+        return self._filled(f"heldout-{digest(images[rows])[:8]}", images[rows], labels, False)
 
     def of_queries(self, queries: Queries) -> FeatureStore:
         """Of the queries, as they are."""

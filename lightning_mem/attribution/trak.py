@@ -65,7 +65,7 @@ class TRAK(AbstractAttribution):
         """See :class:`AbstractAttribution`; one column an image, whichever way round training saw it."""
         features = self._features(scene)
         ridge = RidgeScores(features.of_members())
-        self.chosen = self.lam if self.lam is not None else self._choose(scene, features, ridge)
+        self.chosen = self.lam if self.lam is not None else ridge.choose(features.of_heldout(HELDOUT, queries))
         found = ridge.scores(features.of_queries(queries), self.chosen)
         self._cost = total_cost([features])
         return found
@@ -89,8 +89,3 @@ class TRAK(AbstractAttribution):
 
     def _features(self, scene: Scene) -> GradientFeatures:
         return GradientFeatures(scene, scene.target, self.gradients, self.output)
-
-    def _choose(self, scene: Scene, features: GradientFeatures, ridge: RidgeScores) -> float:
-        if not len(scene.reference().heldout):
-            raise ValueError(f"{self.name} chooses lam on held-out images, and there are none: give lam")
-        return ridge.choose(features.of_heldout(HELDOUT))

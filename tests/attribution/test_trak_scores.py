@@ -293,8 +293,16 @@ def test_lam_is_chosen_on_heldout_images_and_scores_by_lam_are_those_of_each(tmp
     again = TRAK(gradients=WHOLE)
     again.scores(scene, queries_of(images(3, 19)))
     assert again.chosen == method.chosen
-    with pytest.raises(ValueError, match="trak chooses lam on held-out images, and there are none: give lam"):
-        TRAK(gradients=WHOLE).scores(scene_of(target_of(WEIGHTS), members, tmp_path / "none"), asked)
+    for folder, rest in (("none", heldout[:0]), ("asked", asked.images)):
+        with pytest.raises(ValueError, match="held-out images that are no queries, and there are none: give lam"):
+            TRAK(gradients=WHOLE).scores(scene_of(target_of(WEIGHTS), members, tmp_path / folder, rest), asked)
+    # queries among the held-out images are not looked at: the others alone choose
+    some = [TRAK(gradients=WHOLE) for _ in range(2)]
+    for folder, rest, one in (("mixed", torch.cat([asked.images, heldout]), some[0]), ("apart", heldout, some[1])):
+        one.scores(scene_of(target_of(WEIGHTS), members, tmp_path / folder, rest), asked)
+    kept = [sorted(path.name for path in (tmp_path / name).rglob("heldout-*")) for name in ("mixed", "apart")]
+    assert kept[0] == kept[1] != []
+    assert some[0].chosen == some[1].chosen
 
 
 def test_identity_follows_what_decides_scores_and_refuses_what_does_not_fit(tmp_path: Path) -> None:
