@@ -74,7 +74,8 @@ class Attributions(AbstractExplanation):
     mean score; ``scores.npz`` holds all scores. Planted truth: a query that is a copy by the 1/3 rule must name what it
     copies. Records of every method: ``attribution/<name>/source_first`` and ``/source_first_five``, shares of the
     copies whose nearest training image is put first, or among the first five, ``/source_rank``, its median rank, and
-    what it cost (``/seconds``, ``/gradients``, ...). Images equal pixel for pixel count as one; who ties with the
+    what it cost (``/seconds``, ``/gradients``, ...; seconds are of what was still to do: gradients that methods share
+    are taken by the first of them). Images equal pixel for pixel count as one; who ties with the
     source is put before it.
 
     Args:

@@ -110,7 +110,8 @@ class DatamodelingScores(AbstractExplanation):
     ``heldout``, images it never saw. Records of every method and kind: ``attribution/<name>/lds``;
     ``attribution/<name>/lds_difference`` to the best of the others and to ``random``, paired on the same resamples of
     subsets and queries: an order is claimed (``definition.claimed``) only where this interval excludes 0;
-    ``attribution/<name>/seconds``, ``/gradients`` and the like. With two or more trainings also
+    ``attribution/<name>/seconds``, ``/gradients`` and the like (seconds are of what was still to do: gradients that
+    methods or kinds share are taken by the first of them). With two or more trainings also
     ``attribution/retrained/lds``, how well the losses of the first foresee those of the others, and
     ``attribution/retrained/lds_ceiling``, about what a perfect attribution could reach against their mean.
     Regularised methods without a ``lam`` of their own take the one that is best on ``num_calibration`` further queries
