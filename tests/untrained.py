@@ -16,5 +16,6 @@ def write_untrained(folder: Path, seed: int = 0, step: int = 0) -> str:
     meta = {"module": "DenoiserModule", "seed": 0, "step": step, "members_digest": "", "num_members": 0}
     (folder / "checkpoints").mkdir(parents=True)
     checkpoint = {META: meta | module.checkpoint_meta(), "state_dict": module.state_dict()}
+    checkpoint["optimizer_states"] = [{"param_groups": [{"lr": 0.001}]}]
     torch.save(checkpoint, folder / "checkpoints" / "last.ckpt")
     return str(folder)

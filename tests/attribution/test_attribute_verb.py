@@ -17,7 +17,9 @@ from lightning_mem.evaluation import blocks
 from lightning_mem.records import read_records
 from lightning_mem.trainer import MemorizationTrainer
 
-TINY = Path(__file__).parent.parent / "tiny.yaml"
+TESTS = Path(__file__).parent.parent
+TINY = TESTS / "tiny.yaml"
+SHIPPED = sorted((TESTS.parent / "configs").glob("*/attributions/*.yaml"))
 MODEL: Any = LightningModule()
 """Verbs take the network from the checkpoint."""
 
@@ -72,3 +74,21 @@ def test_training_images_reach_wandb_only_where_the_gallery_uploads_pairs(
     verb = Attributions([PixelSimilarity()], QueryOptions("heldout", 2), pictures=1)
     trainer.attribute(MODEL, verb, MemorizationDataModule(None, 6, 4))
     assert logged == [f"attribution/{key}" for key in sent]
+
+
+@pytest.mark.parametrize("file", SHIPPED, ids=lambda path: path.stem)
+def test_a_shipped_configuration_says_what_it_answers_and_explains_a_run(file: Path) -> None:
+    text = file.read_text()
+    assert "?" in text.splitlines()[0]
+    assert f"lightning-mem attribute --config runs/digits/config.yaml --config {file.relative_to(TESTS.parent)}" in text
+    target = write_untrained(Path("run"))
+    few = ["--attribution.init_args.queries.num", "3", "--data.num_heldout", "4", "--data.num_members", "3"]
+    options = ["--config", str(TINY), "--config", str(file), "--trainer.default_root_dir", target, *few]
+    if "runs/ensembles" in text:
+        with pytest.raises(ValueError, match="runs/ensembles holds none"):
+            run(["attribute", *options])
+        return
+    run(["attribute", *options, "--out", "out"])
+    methods = {record.name.split("/")[1] for record in read_records("out/results.jsonl")}
+    assert len(methods) == len(yaml.safe_load(text)["attribution"]["init_args"]["methods"])
+    assert Path("out/images/attribution.png").is_file()
