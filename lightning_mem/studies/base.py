@@ -14,6 +14,9 @@ from jsonargparse.typing import register_type
 from lightning_mem.data.plan import Row, merge
 from lightning_mem.records import Record
 
+QUIET = {"trainer": {"enable_progress_bar": False, "enable_model_summary": False}}
+"""Laid over every row: what a study runs shows no progress of its own."""
+
 
 class ReadConfig(Protocol):
     """Options of a verb -> its complete configuration; ``ValueError`` where the verb would refuse them."""
@@ -89,8 +92,7 @@ class AbstractStudy(ABC):
             folder: Where run folders go; this row's is ``folder/name``.
             needed: Folders of the rows it needs, by their names.
         """
-        quiet = {"trainer": {"enable_progress_bar": False, "enable_model_summary": False}}
-        return merge(merge(quiet, self.overrides), row.settings(folder))
+        return merge(merge(QUIET, self.overrides), row.settings(folder))
 
     def place(self, folder: str | Path) -> Path:
         """Where files go that rows name, such as lists of images: the study's folder.

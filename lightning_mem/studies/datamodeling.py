@@ -10,7 +10,7 @@ import yaml
 from lightning_mem.attribution.datamodeling_report import datamodeling_lines
 from lightning_mem.data.plan import Row, merge
 from lightning_mem.records import Record
-from lightning_mem.studies.base import AbstractStudy, Run, Settings
+from lightning_mem.studies.base import QUIET, AbstractStudy, Run, Settings
 from lightning_mem.studies.shadows import SEED_STEP
 
 TRAINING_STEP = 1_000_000
@@ -104,8 +104,7 @@ class DatamodelingStudy(AbstractStudy):
 
     def settings(self, row: Row, folder: str | Path, needed: Mapping[str, Path]) -> dict[str, Any]:
         """With the folders of the models in their places."""
-        quiet = {"trainer": {"enable_progress_bar": False, "enable_model_summary": False}}
-        own = merge(quiet, row.settings(folder))
+        own = merge(QUIET, row.settings(folder))
         if row.verb == "fit":
             return own
         places = [str(needed[name]) for name in row.needs]

@@ -1,10 +1,9 @@
 """Encoded ensembles: the members trained on the units that their codes name, and what the ensemble then tells."""
 
 import json
-import math
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +29,8 @@ from lightning_mem.data.plan import Row, merge
 from lightning_mem.diffusion import Sampler
 from lightning_mem.evaluation import Number
 from lightning_mem.records import Record, atomic_write, digest
-from lightning_mem.studies.base import AbstractStudy, Run, Settings
-from lightning_mem.studies.pooling import OVER_SEEDS, pooled_share, seeds_interval
+from lightning_mem.studies.base import QUIET, AbstractStudy, Run, Settings
+from lightning_mem.studies.ensembles_pool import pooled, table
 from lightning_mem.studies.recipe import read_data
 
 SEED_STEP = 100
@@ -49,7 +48,8 @@ class EnsembleStudy(AbstractStudy):
 
     Per seed an ensemble: the units of the training images, a code for each, kept in ``codes_seed<seed>.json``, and a
     row for every member, trained on the units whose code has its place set. Then the ensemble's own samples are drawn
-    again without every unit in turn; see :class:`lightning_mem.attribution.Landscape`. Pooled over ensembles.
+    again without every unit in turn; see :class:`lightning_mem.attribution.Landscape`. Where ``target`` is given, one
+    model is trained on all the images too, and the samples of *that* are explained. Pooled over ensembles.
 
     Args:
         config: Files of ``fit`` that train a member; they name neither members nor their number.
@@ -64,10 +64,13 @@ class EnsembleStudy(AbstractStudy):
         sampler: See :func:`lightning_mem.diffusion.sample`.
         eta: See there.
         overrides: Further settings of ``fit`` for every member.
+        target: Files of ``fit`` that train one model on all the images (such a run elsewhere is reused); null for none.
+        attribution: Files of ``attribute`` that explain the samples of that model
+            (``lightning_mem.attribution.Attributions``); the study names the ensemble to its methods.
 
     Raises:
-        ValueError: If a number is out of range or a file does not exist; when the rows are made, if there are too few
-            members for the units (it says the least number).
+        ValueError: If a number is out of range, a file does not exist, or only one of target and attribution is given;
+            when the rows are made, if there are too few members for the units (it says the least number).
 
     Source:
         Dai and Gifford, arXiv:2306.02174 (encoded ensembles) and arXiv:2406.07908 (counterfactuals).
@@ -87,8 +90,17 @@ class EnsembleStudy(AbstractStudy):
         sampler: Sampler = "ddim",
         eta: float = 0.0,
         overrides: Settings | None = None,
+        target: list[str] | None = None,
+        attribution: list[str] | None = None,
     ) -> None:
         super().__init__(config, overrides)
+        self.target, self.attribution = target or [], attribution or []
+        missing = [file for file in (*self.target, *self.attribution) if not Path(file).is_file()]
+        if missing or bool(target) != bool(attribution):
+            raise ValueError(
+                f"target and attribution need each other, and all files must exist, got target {target}, attribution "
+                f"{attribution}; missing: {missing}"
+            )
         self.seeds = [0] if seeds is None else seeds
         if not self.seeds or len(set(self.seeds)) != len(self.seeds):
             raise ValueError(f"seeds must hold at least one and none twice, got {self.seeds}")
@@ -104,12 +116,29 @@ class EnsembleStudy(AbstractStudy):
     # --- rows ----------------------------------------------------------------------------------------------------
 
     def rows(self) -> list[Row]:
-        """All members of the first ensemble, then of the next."""
-        return [
-            Row(name, SEED_STEP * (seed + 1) + k, members=f"seen/{name}.json", overrides=self.overrides, kind="member")
-            for seed in self.seeds
-            for k, name in enumerate(self.codes(seed).members)
-        ]
+        """All members of the first ensemble and what is explained by them, then of the next."""
+        found = []
+        for seed in self.seeds:
+            members = [
+                Row(
+                    name,
+                    SEED_STEP * (seed + 1) + k,
+                    members=f"seen/{name}.json",
+                    overrides=self.overrides,
+                    kind="member",
+                )
+                for k, name in enumerate(self.codes(seed).members)
+            ]
+            found += members
+            if self.target:
+                whole = Row(f"target_seed{seed}", seed, self.num_members, kind="target")
+                needs = [whole.name, *(row.name for row in members)]
+                found += [whole, Row(f"explained_seed{seed}", seed, verb="attribute", needs=needs, kind="explained")]
+        return found
+
+    def files(self, row: Row) -> list[str]:
+        """By kind of row."""
+        return {"target": self.target, "explained": self.attribution}.get(row.kind, self.config)
 
     def data(self, seed: int) -> MemorizationDataModule:
         """The training images of an ensemble, read once."""
@@ -132,15 +161,29 @@ class EnsembleStudy(AbstractStudy):
 
     def settings(self, row: Row, folder: str | Path, needed: Mapping[str, Path]) -> dict[str, Any]:
         """With the file of the images that a member sees, which is written here; the manifest beside it."""
-        place = self.place(folder)
+        place, alone = self.place(folder), merge(QUIET, row.settings(folder))
+        if row.kind == "target":
+            return alone
+        if row.kind == "explained":
+            places = {"trainer": {"default_root_dir": str(needed[row.needs[0]])}}
+            asked = {"attribution": {"init_args": {"methods": self._methods(place / f"codes_seed{row.seed}.json")}}}
+            return merge(alone, merge(places, asked))
         for seed in self.seeds:
             codes = self.codes(seed)
             if row.name in codes.members:
                 codes.save(place / f"codes_seed{seed}.json")
                 with atomic_write(place / str(row.members)) as file:
                     json.dump(codes.seen_by(codes.members.index(row.name)), file)
-        own = super().settings(row, folder, needed)
-        return merge(own, {"data": {"members": str(place / str(row.members))}})
+        return merge(super().settings(row, folder, needed), {"data": {"members": str(place / str(row.members))}})
+
+    def _methods(self, codes: Path) -> list[dict[str, Any]]:
+        """The methods that explain, with the ensemble in its place."""
+        found: dict[str, Any] = {}
+        for file in self.attribution:
+            found = merge(found, yaml.safe_load(Path(file).read_text()))
+        given = found["attribution"]["init_args"]["methods"]
+        ensemble = {"init_args": {"ensemble": str(codes)}}
+        return [merge(one, ensemble) if one["class_path"].endswith("EnsembleAblation") else one for one in given]
 
     # --- report --------------------------------------------------------------------------------------------------
 
@@ -154,6 +197,11 @@ class EnsembleStudy(AbstractStudy):
             else:
                 print(f"{len(own)} of the {self.ensemble_size} members of seed {seed} are trained: not explained yet")
         records = pooled(found)
+        for run in (run for run in runs if run.row.kind == "explained"):
+            records += run.records
+            picture = folder / "images" / f"attribution_{run.row.name.rpartition('_')[2]}.png"
+            picture.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(run.folder / "images" / "attribution.png", picture)
         if records:
             print(f"{table(records)}\nopen {folder / 'images'} and {folder / 'results.jsonl'}")
         return records
@@ -221,49 +269,3 @@ class EnsembleStudy(AbstractStudy):
         draw_counterfactuals(
             found, top_counterfactuals(ensemble, tops, shown, **self.drawing), images, units, path, "moved_away"
         )
-
-
-def pooled(ensembles: Sequence[Sequence[Record]]) -> list[Record]:
-    """The records of several ensembles as one each: shares and other numbers by their means over seeds.
-
-    One ensemble's stay what they are; those that do not exist in every ensemble are left out of several.
-    """
-    if len(ensembles) < 2:
-        return [replace(record, definition={**record.definition, "seeds": 1}) for own in ensembles for record in own]
-    groups: dict[str, list[Record]] = {}
-    for own in ensembles:
-        for record in own:
-            about = {key: value for key, value in record.definition.items() if key != "chance"}
-            groups.setdefault(digest(record.name, about), []).append(record)
-    found = []
-    for own in groups.values():
-        values = [record.value for record in own if record.value is not None]
-        if len(values) < len(ensembles):
-            continue
-        low: float | None
-        high: float | None
-        if own[0].unit == "fraction":
-            value, low, high = pooled_share(values, own[0].n)
-        else:
-            value, (low, high) = math.fsum(values) / len(values), seeds_interval(values)
-        about = {**own[0].definition, "seeds": len(own), "interval": OVER_SEEDS}
-        found.append(
-            replace(
-                own[0], value=value, low=low, high=high, n=sum(record.n for record in own), seed=0, data_digest="",
-                run="pooled", definition=about,
-            )
-        )  # fmt: skip
-    return found
-
-
-def table(records: Sequence[Record]) -> str:
-    """Markdown: a line a number."""
-    lines = ["| number | method | score or object | value | 95 % interval | n |", "|---|---|---|---:|---:|---:|"]
-    for record in records:
-        about = record.definition
-        word = " ".join(str(about[key]) for key in ("score", "of", "bank") if key in about)
-        value = "none" if record.value is None else f"{record.value:.4g}"
-        ends = "" if record.low is None or record.high is None else f"{record.low:.3g} to {record.high:.3g}"
-        name = record.name.rpartition("/")[2]
-        lines.append(f"| {name} | {about.get('method', '')} | {word} | {value} | {ends} | {record.n} |")
-    return "\n".join(lines)

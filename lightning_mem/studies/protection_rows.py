@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_mem.data.plan import Row, merge
-from lightning_mem.studies.base import AbstractStudy, Settings
+from lightning_mem.studies.base import QUIET, AbstractStudy, Settings
 
 PLAIN = "plain"
 """How the target is trained that protections protect."""
@@ -138,7 +138,6 @@ class ProtectionChains(AbstractStudy):
 
     def settings(self, row: Row, folder: str | Path, needed: Mapping[str, Path]) -> dict[str, Any]:
         """Of the row, with the folders of what it builds on in their places."""
-        quiet = {"trainer": {"enable_progress_bar": False, "enable_model_summary": False}}
         kind, _, word = row.kind.partition(":")
         places = {name.rpartition("_seed")[0]: str(path) for name, path in needed.items()}
         parents: dict[str, Any] = {}
@@ -155,7 +154,7 @@ class ProtectionChains(AbstractStudy):
                     "trainer": {"default_root_dir": target},
                     "attack": {"init_args": self._of_attack(kind, word, places)},
                 }
-        return merge(merge(quiet, row.settings(folder)), parents)
+        return merge(merge(QUIET, row.settings(folder)), parents)
 
     def _of_attack(self, kind: str, word: str, places: Mapping[str, str]) -> dict[str, Any]:
         if kind == "loss":

@@ -9,7 +9,7 @@ import yaml
 from lightning_mem.attacks.lira import least_shadows
 from lightning_mem.data.plan import Row, merge
 from lightning_mem.records import Record
-from lightning_mem.studies.base import AbstractStudy, Run, Settings
+from lightning_mem.studies.base import QUIET, AbstractStudy, Run, Settings
 from lightning_mem.studies.membership_picture import draw_membership, membership_table
 from lightning_mem.studies.membership_pool import REPEATED, pooled_attacks, pooled_ratios
 from lightning_mem.studies.repeats_picture import draw_repeats, repeats_table
@@ -173,8 +173,7 @@ class MembershipStudy(AbstractStudy):
 
     def settings(self, row: Row, folder: str | Path, needed: Mapping[str, Path]) -> dict[str, Any]:
         """With the folders of targets and shadows in their places."""
-        quiet = {"trainer": {"enable_progress_bar": False, "enable_model_summary": False}}
-        own = merge(quiet, row.settings(folder))
+        own = merge(QUIET, row.settings(folder))
         places = [str(needed[name]) for name in row.needs]
         if row.kind == "random_label":
             target, size = {"init_args": {"target": places[0]}}, {"num_members": self._size("repeated")}

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from lightning_mem.data.plan import Row, merge
 from lightning_mem.evaluation.curves import curve
 from lightning_mem.records import Record
-from lightning_mem.studies.base import AbstractStudy, Run, Settings
+from lightning_mem.studies.base import QUIET, AbstractStudy, Run, Settings
 from lightning_mem.studies.pooling import pooled_ratio, pooled_record, pooled_share, seeds_interval
 from lightning_mem.studies.side_picture import UNGUIDED, arms_of, draw_sweep, sweep_table
 
@@ -142,7 +142,6 @@ class SideSweep(AbstractStudy):
 
     def settings(self, row: Row, folder: str | Path, needed: Mapping[str, Path]) -> dict[str, Any]:
         """Of the target, or of a row on top of it: with the folders of what it builds on in their places."""
-        quiet = {"trainer": {"enable_progress_bar": False, "enable_model_summary": False}}
         places = [str(needed[name]) for name in row.needs]
         parents: dict[str, Any] = {}
         if row.kind in ("surrogate", BASELINE):
@@ -154,7 +153,7 @@ class SideSweep(AbstractStudy):
             classifiers = dict(zip(("surrogate", BASELINE), places[1:], strict=False))
             own: dict[str, Any] = {**classifiers} or {"pseudo_labels": {"init_args": {"seed": row.seed}}}
             parents = {"trainer": {"default_root_dir": places[0]}, "attack": {"init_args": own}}
-        return merge(merge(quiet, row.settings(folder)), parents)
+        return merge(merge(QUIET, row.settings(folder)), parents)
 
     # --- pooling -------------------------------------------------------------------------------------------------
 

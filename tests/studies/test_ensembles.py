@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from scipy import stats
 from tiny_study import TINY, Trainings
 
@@ -14,7 +15,7 @@ from lightning_mem.data.split import read_indices
 from lightning_mem.diffusion import DiffusionProcess, EmpiricalDenoiser
 from lightning_mem.records import Record
 from lightning_mem.studies import EnsembleStudy, ReadConfig, Run, Settings, ensembles, runner
-from lightning_mem.studies.ensembles import pooled
+from lightning_mem.studies.ensembles_pool import pooled
 
 PLAIN = {"data": {"num_heldout": 0, "flip": False}}
 
@@ -128,3 +129,28 @@ def test_several_ensembles_are_pooled_and_a_number_that_one_lacks_is_left_out() 
     one = pooled([[record("radius", None)]])
     assert (one[0].value, one[0].definition["seeds"]) == (None, 1)
     assert json.loads(one[0].to_json())["name"] == "attribution/ensemble/radius"
+
+
+def test_the_samples_of_one_model_of_all_images_are_explained_by_the_ensemble(tmp_path: Path) -> None:
+    ablation = {"class_path": "lightning_mem.attribution.EnsembleAblation", "init_args": {"ensemble": "elsewhere"}}
+    methods = [ablation, {"class_path": "lightning_mem.attribution.TRAK"}]
+    file = tmp_path / "attribution.yaml"
+    file.write_text(yaml.safe_dump({"attribution": {"init_args": {"methods": methods}}}))
+    own = study(seeds=[2], target=[str(TINY)], attribution=[str(file)])
+    rows = {row.name: row for row in own.rows()}
+    assert list(rows) == [*(f"member0{k}_seed2" for k in range(4)), "target_seed2", "explained_seed2"]
+    assert (rows["target_seed2"].seed, rows["target_seed2"].num_members) == (2, 6)
+    assert own.files(rows["explained_seed2"]) == [str(file)]
+    assert own.settings(rows["target_seed2"], tmp_path, {})["data"] == {"seed": 2, "num_members": 6, "members": None}
+    found = own.settings(rows["explained_seed2"], tmp_path, {name: Path("runs") / name for name in rows})
+    assert found["trainer"]["default_root_dir"] == "runs/target_seed2"
+    assert found["attribution"]["init_args"]["methods"] == [
+        {**ablation, "init_args": {"ensemble": str(tmp_path / "codes_seed2.json")}}, methods[1],
+    ]  # fmt: skip
+    (tmp_path / "explained" / "images").mkdir(parents=True)
+    (tmp_path / "explained" / "images" / "attribution.png").write_bytes(b"picture")
+    record = Record("attribution/trak/source_first", 0.5, 8, 1)
+    assert own.report([Run(rows["explained_seed2"], tmp_path / "explained", {}, [record])], tmp_path) == [record]
+    assert (tmp_path / "images" / "attribution_seed2.png").read_bytes() == b"picture"
+    with pytest.raises(ValueError, match="target and attribution need each other"):
+        study(target=[str(TINY)])
