@@ -11,6 +11,7 @@ VERBS = {
     "sample": "draw a SampleSet from a trained run; continues where it stopped",
     "predict": "the same as sample",
     "attack": "attack a trained run and score what came out against its training images and the held-out control",
+    "attribute": "tell which training images made a trained run's samples, by several methods side by side",
     "evaluate": "measure samples of any generator against a training set: a table, records, the closest pairs",
     "study": "train one recipe many times by a plan and report what came of it; continues where it stopped",
 }
