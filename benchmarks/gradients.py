@@ -44,20 +44,20 @@ class OneByOne:
         output = functional_call(self.network, parameters, (x_t, self.t)).sample
         return (output - self.eps).square().mean()
 
-    def loop(self) -> Tensor:
-        """Backward passes, [N, P]."""
-        found = []
-        for x_t in self.x_t:
+    def loop(self, out: Tensor) -> Tensor:
+        """Backward passes, into ``out`` [N, P]."""
+        for row, x_t in zip(out, self.x_t, strict=True):
             loss = (self.network(x_t, self.t).sample - self.eps).square().mean()
             parts = torch.autograd.grad(loss, list(self.parameters.values()))
-            found.append(torch.cat([part.flatten() for part in parts]))
-        return torch.stack(found)
+            torch.cat([part.flatten() for part in parts], out=row)
+        return out
 
-    def unbatched(self) -> Tensor:
-        """``torch.func`` without ``vmap``, [N, P]."""
+    def unbatched(self, out: Tensor) -> Tensor:
+        """``torch.func`` without ``vmap``, into ``out`` [N, P]."""
         values = {name: part.detach() for name, part in self.parameters.items()}
-        found = [self.gradient(values, x_t).values() for x_t in self.x_t]
-        return torch.stack([torch.cat([part.flatten() for part in parts]) for parts in found])
+        for row, x_t in zip(out, self.x_t, strict=True):
+            torch.cat([part.flatten() for part in self.gradient(values, x_t).values()], out=row)
+        return out
 
 
 def agreement(ours: Tensor, peer: Tensor) -> float:
@@ -92,9 +92,11 @@ def main(given: list[str] | None = None) -> Record:
     gradients = ImageGradients(
         target, num_timesteps=args.num_timesteps, calls_at_once=args.chunk, device=torch.device(args.device)
     )
+    room = {name: gradients.memory(len(images)) for name in ("ours", "loop", "unbatched")}  # used again, as by a store
     peers = OneByOne(target, images, args.num_timesteps, args.device)
     sides: dict[str, Callable[[], Tensor]] = {
-        "ours": lambda: gradients(images), "loop": peers.loop, "unbatched": peers.unbatched,
+        "ours": lambda: gradients(images, out=room["ours"]), "loop": lambda: peers.loop(room["loop"]),
+        "unbatched": lambda: peers.unbatched(room["unbatched"]),
     }  # fmt: skip
     first = {name: call() for name, call in sides.items()}  # and the warm-up
     apart = max(agreement(first["ours"], first[name]) for name in ("loop", "unbatched"))

@@ -79,7 +79,7 @@ def test_gradients_are_timed_against_both_peers_once_they_agree(
     for record in records.values():
         assert record.value > 0
         assert record.definition["disagreement"] < 1e-4
-    monkeypatch.setattr(script.OneByOne, "unbatched", lambda self: 1.001 * self.loop())
+    monkeypatch.setattr(script.OneByOne, "unbatched", lambda self, out: self.loop(out).mul_(1.001))
     with pytest.raises(SystemExit, match="the gradients disagree by 0.001 of the largest"):
         script.main(given)
     with pytest.raises(SystemExit, match="--num_timesteps must be at least 1"):

@@ -108,6 +108,7 @@ class GradientFeatures:
         own = digest({key: value for key, value in self.settings.items() if key != "target"})[:8]
         root = Path(options.store) if options.store is not None else scene.folder / "features"
         self.folder = root / place / f"{output}{'-unit' if unit else ''}-{own}"
+        self._memory: Tensor | None = None
         self.project: RandomProjection | None = None
         if options.dimensions is not None:
             self.project = RandomProjection(
@@ -155,7 +156,9 @@ class GradientFeatures:
         store = FeatureStore(self.folder / name, manifest, len(images), width, self.options.images_at_once)
 
         def compute(rows: Tensor) -> Tensor:
-            found = self.gradients(images[rows], None if labels is None else labels[rows], mirror)
+            if self._memory is None or len(self._memory) != len(rows):
+                self._memory = self.gradients.memory(len(rows))
+            found = self.gradients(images[rows], None if labels is None else labels[rows], mirror, self._memory)
             return found if self.project is None else self.project(found)
 
         store.fill(compute, self.scene.workers, self.scene.first, f"gradients of {name}")

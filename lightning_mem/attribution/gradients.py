@@ -110,20 +110,27 @@ class ImageGradients:
         """Gradients of the network that one image takes."""
         return self.num_timesteps * self.num_draws
 
-    def __call__(self, images: Tensor, labels: Tensor | None = None, mirror: bool = False) -> Tensor:
+    def __call__(
+        self, images: Tensor, labels: Tensor | None = None, mirror: bool = False, out: Tensor | None = None
+    ) -> Tensor:
         """Gradients [B, P] in the network's precision.
 
         Args:
             images: uint8 [B, C, H, W], pixels.
             labels: int64 [B], for a class-conditional target.
             mirror: Mean of the gradients of the image and its mirror image: a training that flips saw both.
+            out: [B, P], memory for the answer; null for new.
 
         Raises:
             ValueError: If a class-conditional target gets no labels.
         """
         labels = self.needed(labels)
-        found = self._of(images, labels)
-        return (found + self._of(images.flip(-1), labels)) / 2 if mirror else found
+        found = self._of(images, labels, out)
+        return found.add_(self._of(images.flip(-1), labels)).div_(2) if mirror else found
+
+    def memory(self, count: int) -> Tensor:
+        """Room for the gradients of so many images, to be used again and again."""
+        return torch.empty(count, self.num_weights, dtype=next(self.network.parameters()).dtype, device=self.device)
 
     def needed(self, labels: Tensor | None) -> Tensor | None:
         """The labels where the target is conditioned on classes, else null.
@@ -139,7 +146,7 @@ class ImageGradients:
         return labels if self.target.num_classes is not None else None
 
     @torch.no_grad()
-    def _of(self, images: Tensor, labels: Tensor | None) -> Tensor:
+    def _of(self, images: Tensor, labels: Tensor | None, out: Tensor | None = None) -> Tensor:
         times = spaced_timesteps(self.num_timesteps, self.target.process.num_timesteps)
         dtype = next(self.network.parameters()).dtype
         x0 = self.target.codec.encode(to_float(images).to(self.device)).to(dtype)
@@ -149,18 +156,20 @@ class ImageGradients:
         size = 1 if self.unit else min(self.num_timesteps, max(1, self.calls_at_once // self.num_draws))
         parts = [times[start : start + size] for start in range(0, len(times), size)]
         with evaluation_mode(self.target.denoiser):
-            total = self._share(x0, keys, own, parts[0])
+            total = self._share(x0, keys, own, parts[0], out)
             for some in parts[1:]:
                 total += self._share(x0, keys, own, some)
         return total
 
-    def _share(self, x0: Tensor, keys: list[str], own: tuple[Tensor, ...], times: list[int]) -> Tensor:
+    def _share(
+        self, x0: Tensor, keys: list[str], own: tuple[Tensor, ...], times: list[int], out: Tensor | None = None
+    ) -> Tensor:
         """What some timesteps add to the mean over all."""
         eps = torch.stack([self._noise(key, times) for key in keys]).to(x0)
         eps = eps.expand(len(x0), *eps.shape[1:])
         at = torch.tensor(times, device=self.device).repeat_interleave(self.num_draws)
         chunk = max(1, self.calls_at_once // len(at))
-        found = per_example_gradients(self.network, self._value(at), x0, eps, *own, chunk_size=chunk)
+        found = per_example_gradients(self.network, self._value(at), x0, eps, *own, chunk_size=chunk, out=out)
         if self.unit:
             found /= found.norm(dim=1, keepdim=True).clamp_min(torch.finfo(found.dtype).tiny)
         return found if len(times) == self.num_timesteps else found.mul_(len(times) / self.num_timesteps)

@@ -28,8 +28,10 @@ def test_gradients_taken_together_are_those_of_a_loop_of_backward_passes_in_any_
         parts = torch.autograd.grad(loss(x_t[row], eps[row], t[row]), list(network.parameters()))
         expected.append(torch.cat([part.flatten() for part in parts]))
     network.requires_grad_(False)  # frozen parameters count too
-    for chunk_size in (None, 2):
-        found = per_example_gradients(network, loss, x_t, eps, t, chunk_size=chunk_size)
+    room = torch.full_like(torch.stack(expected), torch.nan)
+    for chunk_size, out in ((None, None), (2, room)):
+        found = per_example_gradients(network, loss, x_t, eps, t, chunk_size=chunk_size, out=out)
+        assert out is None or found is out
         torch.testing.assert_close(found, torch.stack(expected), rtol=1e-9, atol=1e-12)
 
 
@@ -47,5 +49,7 @@ def test_a_network_that_draws_or_has_no_parameters_is_refused() -> None:
         per_example_gradients(dropped, lambda x: dropped(x).sum(), torch.ones(2, 2))
     with pytest.raises(ValueError, match="Identity has none"):
         per_example_gradients(nn.Identity(), lambda x: x.sum(), torch.ones(2, 2))
+    with pytest.raises(ValueError, match=r"out must be \(2, 6\).*got \(2, 5\)"):
+        per_example_gradients(dropped, lambda x: dropped(x).sum(), torch.ones(2, 2), out=torch.ones(2, 5))
     with pytest.raises(ValueError, match="at least 1, got 0"):
         per_example_gradients(dropped.eval(), lambda x: dropped(x).sum(), torch.ones(2, 2), chunk_size=0)
