@@ -25,7 +25,7 @@ class GradientOptions:
 
     Args:
         num_timesteps: Uniformly spaced timesteps that an image's gradient is averaged over; 100 in the papers, 10 as
-            their cheap setting (at one noise for all images 40 foresaw models of digits no better than 10).
+            their cheap setting.
         num_draws: Draws of noise a timestep.
         dimensions: Of the random projection, a power of two with ``signs``; null keeps gradients whole, which a store
             of small networks may bear (4 bytes a weight and image).
