@@ -1,23 +1,21 @@
 """The gradient-norm attack: a trained network has little left to learn from its members."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lightning_mem.attacks.asked import AskedMembership
 from lightning_mem.attacks.conditions import Rule
-from lightning_mem.attacks.membership import AbstractMembership
-from lightning_mem.attacks.query import Query, ask_images
+from lightning_mem.attacks.query import Measure, Query
 from lightning_mem.data.datamodule import BLOCK
-from lightning_mem.diffusion import ScoreTerm, Target
 from lightning_mem.diffusion.gradients import Gradient, per_example_gradients
 from lightning_mem.diffusion.sampling import network_of
-from lightning_mem.evaluation import Workers
 from lightning_mem.randomness import generator
 
 
-class GradientNorm(AbstractMembership):
+class GradientNorm(AskedMembership):
     r"""Tells members from held-out images by the norm of the loss's gradient in the network's parameters.
 
     .. math:: g_t(x) = \Big\lVert \nabla_\theta \frac{1}{D K}\sum_{k=1}^{K} \big\lVert \epsilon_k -
@@ -82,16 +80,13 @@ class GradientNorm(AbstractMembership):
         """One a draw, each with its way back."""
         return self.num_draws
 
-    def side_errors(
-        self, target: Target, images: Tensor, arms: Mapping[str, Sequence[ScoreTerm]], name: str, workers: Workers
-    ) -> dict[str, Tensor]:
-        """The norms; see :class:`AbstractMembership`."""
+    def measure(self, name: str) -> Measure:
+        """The norms; see :class:`AskedMembership`."""
 
         def norms(query: Query, x0: Tensor, rows: Tensor) -> Tensor:
             return torch.stack([self.norms(query, x0, rows, at, name) for at in self.times], 1)
 
-        asked = self.conditions.of(target, name)
-        return ask_images(target, images, arms, norms, workers, f"{self.title} on {name}", asked, self.block)
+        return norms
 
     def norms(self, query: Query, x0: Tensor, rows: Tensor, at: int, name: str) -> Tensor:
         """Norm of every image's own gradient at one timestep, float64 [B]."""

@@ -1,22 +1,20 @@
 """The likelihood attack: the density that the target gives an image, by its probability flow."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lightning_mem.attacks.asked import AskedMembership
 from lightning_mem.attacks.conditions import Rule
-from lightning_mem.attacks.membership import AbstractMembership
-from lightning_mem.attacks.query import Query, ask_images
+from lightning_mem.attacks.query import Measure, Query
 from lightning_mem.data.datamodule import BLOCK
-from lightning_mem.diffusion import ScoreTerm, Target
-from lightning_mem.evaluation import Workers
 from lightning_mem.randomness import generator
 
 
-class FlowLikelihood(AbstractMembership):
+class FlowLikelihood(AskedMembership):
     r"""Tells members from held-out images by minus the log density of the noised data at the scaled image.
 
     .. math:: B_t(x) = -\frac{\log_2 p_t(\sqrt{\bar\alpha_t}\,x)}{D}, \qquad
@@ -91,18 +89,15 @@ class FlowLikelihood(AbstractMembership):
         """Two a step and one at the end; ``num_probes`` ways back (or D) at all but the middle ones."""
         return 2 * self.num_steps + 1
 
-    def side_errors(
-        self, target: Target, images: Tensor, arms: Mapping[str, Sequence[ScoreTerm]], name: str, workers: Workers
-    ) -> dict[str, Tensor]:
-        """B; see :class:`AbstractMembership`."""
+    def measure(self, name: str) -> Measure:
+        """B; see :class:`AskedMembership`."""
 
         def bits(query: Query, x0: Tensor, rows: Tensor) -> Tensor:
             probes = self.probes(x0, rows, name)
             found = [log_density(query, x0, rows, self.nodes(query, t), probes) for t in self.times]
             return -torch.stack(found, 1) / (x0[0].numel() * math.log(2))
 
-        asked = self.conditions.of(target, name)
-        return ask_images(target, images, arms, bits, workers, f"{self.title} on {name}", asked, self.block)
+        return bits
 
     def nodes(self, query: Query, t: int) -> list[int]:
         """``num_steps + 1`` timesteps from t to the last one, near to evenly spaced in log sigma."""

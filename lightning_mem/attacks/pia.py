@@ -1,21 +1,18 @@
 """PIA: the noise a denoiser sees in the clean image, put in and asked for again."""
 
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lightning_mem.attacks.asked import AskedMembership
 from lightning_mem.attacks.conditions import Rule
-from lightning_mem.attacks.membership import AbstractMembership
-from lightning_mem.attacks.query import Query, ask_images
+from lightning_mem.attacks.query import Measure, Query
 from lightning_mem.data.datamodule import BLOCK
-from lightning_mem.diffusion import ScoreTerm, Target
 from lightning_mem.diffusion.additions import AbstractAddition
-from lightning_mem.evaluation import Workers
 
 
-class PIA(AbstractMembership):
+class PIA(AskedMembership):
     r"""Tells members from held-out images by the proximal initialization: two denoiser calls, no random noise.
 
     .. math:: R_t(x) = \Big\lVert \epsilon_0 - \hat\epsilon\big(\sqrt{\bar\alpha_t}\,x +
@@ -81,12 +78,9 @@ class PIA(AbstractMembership):
         """At t, and at 0."""
         return 2
 
-    def side_errors(
-        self, target: Target, images: Tensor, arms: Mapping[str, Sequence[ScoreTerm]], name: str, workers: Workers
-    ) -> dict[str, Tensor]:
-        """R; see :class:`AbstractMembership`."""
-        asked = self.conditions.of(target, name)
-        return ask_images(target, images, arms, self.errors, workers, f"{self.title} on {name}", asked, self.block)
+    def measure(self, name: str) -> Measure:
+        """R; see :class:`AskedMembership`."""
+        return self.errors
 
     def errors(self, query: Query, x0: Tensor, rows: Tensor) -> Tensor:
         """R of a block, float64 [B, T]."""

@@ -1,21 +1,19 @@
 """SecMI: how far one DDIM step there and back misses, after a deterministic way to the timestep."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lightning_mem.attacks.asked import AskedMembership
 from lightning_mem.attacks.conditions import Rule
-from lightning_mem.attacks.membership import AbstractMembership
-from lightning_mem.attacks.query import Query, ask_images
+from lightning_mem.attacks.query import Measure, Query
 from lightning_mem.data.datamodule import BLOCK
-from lightning_mem.diffusion import ScoreTerm, Target
 from lightning_mem.diffusion.additions import AbstractAddition
-from lightning_mem.evaluation import Workers
 
 
-class SecMI(AbstractMembership):
+class SecMI(AskedMembership):
     r"""Tells members from held-out images by the t-error, the statistic of SecMI.
 
     .. math:: \ell_t(x) = \big\lVert \psi(\phi(\tilde x_t, t), t + k) - \tilde x_t \big\rVert^2, \qquad
@@ -103,12 +101,9 @@ class SecMI(AbstractMembership):
             found.append(query.ddim(there, t + self.stride, t, rows) - x)
         return torch.stack(found, 1)
 
-    def side_errors(
-        self, target: Target, images: Tensor, arms: Mapping[str, Sequence[ScoreTerm]], name: str, workers: Workers
-    ) -> dict[str, Tensor]:
-        """The t-error; see :class:`AbstractMembership`."""
-        asked = self.conditions.of(target, name)
-        return ask_images(target, images, arms, self.errors, workers, f"{self.title} on {name}", asked, self.block)
+    def measure(self, name: str) -> Measure:
+        """The t-error; see :class:`AskedMembership`."""
+        return self.errors
 
     def errors(self, query: Query, x0: Tensor, rows: Tensor) -> Tensor:
         """The t-error of a block, float64 [B, T]."""

@@ -1,21 +1,18 @@
 """SimA: one call of the denoiser on the clean image; the less noise it sees in it, the nearer is a training image."""
 
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lightning_mem.attacks.asked import AskedMembership
 from lightning_mem.attacks.conditions import Rule
-from lightning_mem.attacks.membership import AbstractMembership
-from lightning_mem.attacks.query import Query, ask_images
+from lightning_mem.attacks.query import Measure, Query
 from lightning_mem.data.datamodule import BLOCK
-from lightning_mem.diffusion import ScoreTerm, Target
 from lightning_mem.diffusion.additions import AbstractAddition
-from lightning_mem.evaluation import Workers
 
 
-class SimA(AbstractMembership):
+class SimA(AskedMembership):
     r"""Tells members from held-out images by the norm of the noise predicted in the image itself.
 
     .. math:: S_t(x) = \lVert \hat\epsilon(x, t) \rVert_p
@@ -82,12 +79,9 @@ class SimA(AbstractMembership):
         """At t."""
         return 1
 
-    def side_errors(
-        self, target: Target, images: Tensor, arms: Mapping[str, Sequence[ScoreTerm]], name: str, workers: Workers
-    ) -> dict[str, Tensor]:
-        """S; see :class:`AbstractMembership`."""
-        asked = self.conditions.of(target, name)
-        return ask_images(target, images, arms, self.errors, workers, f"{self.title} on {name}", asked, self.block)
+    def measure(self, name: str) -> Measure:
+        """S; see :class:`AskedMembership`."""
+        return self.errors
 
     def errors(self, query: Query, x0: Tensor, rows: Tensor) -> Tensor:
         """S of a block, float64 [B, T]."""
